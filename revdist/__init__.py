@@ -1,0 +1,1 @@
+"""Distributed training for reversible networks, with a plan of its own for every device."""

@@ -1,0 +1,310 @@
+"""What a run is: typed, strict, and the same whether it comes from YAML, the command line or Python.
+
+Unknown keys are refused with the nearest valid one; sizes read `48MiB` or plain bytes. Reading a
+configuration imports nothing that it names: factories (`package.module:name`) are imported when
+the run starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+
+from revdist.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from `48MiB`, `1.5 GiB`, `200MB` or an integer.
+
+    Raises ConfigError for anything else.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"{value!r} is not a size: write bytes, or a number with KiB, MiB, GiB or TiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), pydantic.Field(ge=0)]
+Factory = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+
+
+class Section(pydantic.BaseModel):
+    """Base of every part of a configuration: frozen, and without room for unknown keys."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Called(Section):
+    """Something the run builds by calling a factory."""
+
+    factory: Factory
+    kwargs: dict[str, Any] = {}
+
+
+class OptimizerConfig(Called):
+    factory: Factory = "torch.optim:SGD"
+    kwargs: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning rate over the run, after `warmup_steps` of linear warm-up."""
+    warmup_steps: int = pydantic.Field(0, ge=0)
+    clip_norm: float | None = pydantic.Field(None, gt=0)
+    """Largest gradient norm of the whole batch; none: not clipped."""
+
+
+class DeviceSpec(Section):
+    """One device a replica runs on."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str = ""
+    """CPU: the name of the device on its host, `cpu-0` by default."""
+    capacity: Bytes | None = None
+    """CPU: bytes the device has. CUDA devices have what they have."""
+    uuid: str = ""
+    """CUDA: UUID (GPU-... or MIG-...) as `revdist devices` prints it. Empty: any free one."""
+
+
+class WorkersConfig(Section):
+    """How many replicas a run may have."""
+
+    min: int = pydantic.Field(1, ge=1)
+    max: int | None = pydantic.Field(None, ge=1)
+
+
+class MemoryConfig(Section):
+    """How much of a device's memory a run leaves alone."""
+
+    margin: Bytes = 2**20
+    """Bytes never planned for."""
+    fragmentation: float = pydantic.Field(0.02, ge=0, lt=1)
+    """Share of the free memory written off to fragmentation."""
+    budget: Bytes | None = None
+    """Upper limit of the activation budget of every device; none: what is free."""
+
+
+class PlanningConfig(Section):
+    """What the planner may choose."""
+
+    schedule: Literal["auto", "save", "invert"] = "auto"
+    """auto: the frontier's best; save or invert: that mode on every operator that has it."""
+    share: Literal["auto", "equal"] = "auto"
+    modes: tuple[Literal["SAVE", "INVERT", "RECOMPUTE", "OFFLOAD"], ...] = ("SAVE", "INVERT", "RECOMPUTE")
+    micro_batches: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = ()
+    """Micro-batch sizes to profile; empty: chosen from the share and the memory."""
+    guarantee: float = pydantic.Field(0.01, ge=0)
+    """Largest relative extra time over the optimum where the exact frontier would be too large."""
+    profile_repeats: int = pydantic.Field(5, ge=1)
+    profile_cache: bool = True
+    max_reconstruction_error: float | None = pydantic.Field(None, gt=0)
+
+
+class ReplanConfig(Section):
+    """When a new memory reading changes the plan."""
+
+    every_s: float = pydantic.Field(0.5, gt=0)
+    """Seconds between readings."""
+    min_change: float = pydantic.Field(0.05, ge=0)
+    """Relative change of the budget below which the plan is kept."""
+    settle_s: float = pydantic.Field(1.0, ge=0)
+    """Seconds for which more memory must stay free before it is used. Less memory is met at once."""
+    shares: bool = True
+    """Whether shares may change during the run."""
+
+
+class CheckpointConfig(Section):
+    """When and where training state is saved."""
+
+    every_steps: int | None = pydantic.Field(None, ge=1)
+    """Steps between checkpoints; none: at the end and on preemption."""
+    keep: int = pydantic.Field(2, ge=1)
+    """Newest checkpoints kept."""
+    location: str = ""
+    """Directory or fsspec URL; empty: `checkpoints/` in the run directory."""
+
+
+class CoTenantConfig(Section):
+    """A rehearsal: another process takes memory of a device while the run trains, and gives it back."""
+
+    device: str
+    """Name of the CPU device, `cpu-0`."""
+    take: Bytes
+    from_step: int = pydantic.Field(ge=0)
+    to_step: int = pydantic.Field(ge=0)
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = pydantic.Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: Called
+    data: Called
+    """Factory of `(train, test)`, two map-style datasets of `(input, target)`; test may be None."""
+    loss: Factory = "torch.nn.functional:cross_entropy"
+    """Called as `loss(output, target, reduction="sum")`."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    global_batch: int = pydantic.Field(ge=1)
+    """Samples per optimizer step over all replicas."""
+    micro_batch: int | None = pydantic.Field(None, ge=1)
+    """Samples per forward and backward on every device; none: planned per device."""
+    epochs: int | None = pydantic.Field(None, ge=1)
+    steps: int | None = pydantic.Field(None, ge=1)
+    seed: int = pydantic.Field(0, ge=0)
+    precision: Literal["fp64", "fp32", "bf16"] = "fp32"
+    """bf16: autocast over an fp32 stream."""
+    devices: Literal["auto"] | tuple[DeviceSpec, ...] = "auto"
+    """auto: every free GPU of the cluster, else one CPU device per node."""
+    workers: WorkersConfig = WorkersConfig()
+    threads_per_worker: int = pydantic.Field(1, ge=1)
+    memory: MemoryConfig = MemoryConfig()
+    planning: PlanningConfig = PlanningConfig()
+    replan: ReplanConfig = ReplanConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    co_tenants: tuple[CoTenantConfig, ...] = ()
+    tensorboard: bool = True
+    evaluate: bool = True
+    """Whether the test data are scored at the end."""
+
+    @pydantic.model_validator(mode="after")
+    def _has_a_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give the length of the run once: either epochs or steps")
+        return self
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
+        """Check and complete a nested mapping.
+
+        Raises ConfigError naming the key, its value and, for an unknown key, the nearest valid one.
+        """
+        try:
+            return cls.model_validate(values)
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{source}: {_explain(error.errors(), cls)}") from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read a YAML file, then apply `key.sub=value` overrides, values being YAML."""
+        path = Path(path)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"no configuration file {path}: check the path, or start from one in configs/") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
+        values.setdefault("name", path.stem)
+        for override in overrides:
+            _override(values, override)
+        return cls.from_mapping(values, source=str(path))
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `from_yaml` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} must read key=value, for example global_batch=64")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    *parents, last = key.split(".")
+    place: Any = values
+    for parent in parents:
+        place = _step_into(place, parent, override)
+    if isinstance(place, list):
+        place[_index(place, last, override)] = value
+    else:
+        place[last] = value
+
+
+def _step_into(place: Any, name: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, name, override)]
+    below = place.setdefault(name, {})
+    if not isinstance(below, dict | list):
+        raise ConfigError(f"override {override!r}: {name} is a value, not a section")
+    return below
+
+
+def _index(place: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(place):
+        raise ConfigError(f"override {override!r}: the list has entries 0 to {len(place) - 1}, not {name}")
+    return int(name)
+
+
+def _explain(errors: list[Any], root: type[pydantic.BaseModel]) -> str:
+    lines = []
+    for error in errors:
+        location = [part for part in error["loc"] if not _is_union_tag(part)]
+        if error["type"] == "literal_error" and any(_is_below(other["loc"], location) for other in errors):
+            continue  # the other arm of the union says what is wrong
+        key = ".".join(str(part) for part in location)
+        if error["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}{_nearest(location, root)}")
+        elif error["type"] == "missing":
+            lines.append(f"key {key!r} is missing")
+        else:
+            where = f"{key}: " if key else ""
+            lines.append(f"{where}{error['msg'].removeprefix('Value error, ')} (got {error['input']!r})")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _is_below(other: Sequence[Any], location: list[Any]) -> bool:
+    parts = [part for part in other if not _is_union_tag(part)]
+    return len(parts) > len(location) and parts[: len(location)] == location
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and ("[" in part or part.startswith("literal"))
+
+
+def _nearest(location: list[Any], root: type[pydantic.BaseModel]) -> str:
+    section: type[pydantic.BaseModel] | None = root
+    for part in location[:-1]:
+        if isinstance(part, int) or section is None:
+            continue
+        field = section.model_fields.get(str(part))
+        section = _section_of(field.annotation) if field else None
+    if section is None:
+        return ""
+    valid = list(section.model_fields)
+    match = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.0)
+    return f": did you mean {match[0]!r}?" if match else f": valid keys are {', '.join(valid)}"
+
+
+def _section_of(annotation: Any) -> type[pydantic.BaseModel] | None:
+    if inspect.isclass(annotation):
+        return annotation if issubclass(annotation, pydantic.BaseModel) else None
+    for argument in typing.get_args(annotation):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None
