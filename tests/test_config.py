@@ -1,0 +1,130 @@
+"""Configurations: strict, typed, and helpful when wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from revdist.config import RunConfig, parse_bytes
+from revdist.errors import ConfigError
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "model": {"factory": "revdist.models:revnet38", "kwargs": {"num_classes": 10}},
+        "data": {"factory": "revdist.training.datasets:digits"},
+        "global_batch": 64,
+        "steps": 10,
+    }
+    return {**base, **changes}
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("48MiB", 48 * 2**20), ("1.5 GiB", 3 * 2**29), ("200MB", 200_000_000), (17, 17), ("17", 17), ("0", 0)],
+)
+def test_sizes_are_read_as_people_write_them(text: str | int, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "12 parsecs", "-3MiB", "1e3", True])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"globl_batch": 3}, "unknown key 'globl_batch': did you mean 'global_batch'?"),
+        ({"memory": {"margn": 3}}, "unknown key 'memory.margn': did you mean 'margin'?"),
+        (
+            {"devices": [{"kind": "cpu", "capcity": "1MiB"}]},
+            "unknown key 'devices.0.capcity': did you mean 'capacity'?",
+        ),
+        ({"global_batch": 0}, "global_batch: .*greater than or equal to 1.*got 0"),
+        ({"global_batch": "many"}, "global_batch: .*got 'many'"),
+        ({"epochs": 3}, "either epochs or steps"),
+        ({"steps": None}, "either epochs or steps"),
+        ({"model": {"factory": "no colon"}}, "model.factory: .*got 'no colon'"),
+        ({"devices": "everything"}, "devices"),
+        ({"precision": "fp12"}, "precision"),
+        ({"name": "../escape"}, "name"),
+    ],
+)
+def test_a_wrong_configuration_names_the_key_and_the_remedy(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        RunConfig.from_mapping(values(**changes))
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_key_is_named() -> None:
+    incomplete = values()
+    del incomplete["model"]
+    with pytest.raises(ConfigError, match="key 'model' is missing"):
+        RunConfig.from_mapping(incomplete)
+
+
+def test_a_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    devices = [{"kind": "cpu", "capacity": "48MiB"}, {"kind": "cpu", "name": "big", "capacity": "1GiB"}]
+    config = RunConfig.from_mapping(values(devices=devices, name="two-cpus"))
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert RunConfig.from_yaml(path) == config
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values(**changes)))
+    return path
+
+
+def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
+    path = write(tmp_path, devices=[{"kind": "cpu", "capacity": "48MiB"}])
+    config = RunConfig.from_yaml(
+        path, ["global_batch=8", "memory.margin=2MiB", "devices.0.capacity=64MiB", "optimizer.kwargs.lr=0.5"]
+    )
+    assert config.name == "tiny"
+    assert config.global_batch == 8
+    assert config.memory.margin == 2 * 2**20
+    assert config.devices[0].capacity == 64 * 2**20  # type: ignore[union-attr]
+    assert config.optimizer.kwargs["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("global_batch", "must read key=value"),
+        ("global_bach=3", "did you mean 'global_batch'"),
+        ("global_batch.x=3", "global_batch is a value, not a section"),
+        ("devices.4.capacity=1MiB", "entries 0 to 0, not 4"),
+        ("steps=[", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_override_is_explained(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path, devices=[{"kind": "cpu", "capacity": "48MiB"}])
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_yaml(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "must hold keys and values"),
+        ("a: [", "is not YAML"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_yaml(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no configuration file"):
+        RunConfig.from_yaml(tmp_path / "none.yaml")
