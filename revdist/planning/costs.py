@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Self, TypeVar
 
@@ -113,6 +113,8 @@ class Profile:
         if total > MAX_BYTES:
             raise InvalidCosts(f"the profile adds up to {total} bytes, over the limit of {MAX_BYTES}")
         _check_seconds("base_s", self.base_s)
+        slowest_s = self.base_s + sum(max(option.extra_s for option in choices) for choices in self.options)
+        _check_seconds("the sum of base_s and every extra_s", slowest_s)
         if not isinstance(self.micro_batch, int) or self.micro_batch < 1:
             raise InvalidCosts(f"micro_batch must be a positive integer, not {self.micro_batch!r}")
         for name in ("operator_names", "reconstruction_error"):
@@ -230,6 +232,8 @@ def _check_operator(index: int, options: Sequence[Option]) -> None:
     modes = [option.mode for option in options]
     if len(set(modes)) != len(modes):
         raise InvalidCosts(f"operator {index} lists a mode twice: {', '.join(modes)}")
+    if modes != [mode for mode in Mode if mode in modes]:
+        raise InvalidCosts(f"operator {index} lists its modes as {', '.join(modes)}: sort them as {', '.join(Mode)}")
 
 
 def _check_bytes(name: str, value: Any) -> None:
@@ -242,7 +246,7 @@ def _check_bytes(name: str, value: Any) -> None:
 def _check_seconds(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidCosts(f"{name} must be a number of seconds, not {value!r}")
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value <= sys.float_info.max:  # NaN compares false; integers may exceed any float
         raise InvalidCosts(f"{name} is {value}: it must be finite and not negative")
 
 

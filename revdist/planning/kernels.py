@@ -1,0 +1,145 @@
+"""The inner loops of planning, compiled by numba and kept in its cache between processes.
+
+A list of points is a pair of arrays `(need, time)`: bytes strictly increasing, time strictly
+decreasing, so that point k is the best there is from `need[k]` bytes on. Bytes and times are int64;
+times are counted in ticks (see `frontier`), so sums are exact and equal sums are equal.
+
+A link is one int32 per point, `parent << 2 | option`: which option the point took and which point
+of the next operator's list it continues with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Links = npt.NDArray[np.int32]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+OPTION_BITS = 2
+MAX_LIST = 2**29
+"""Longest list a link can point into."""
+
+
+def compiled(function: Function) -> Function:
+    """Compile on first call; the machine code is cached where numba finds a writable place.
+
+    numba tries `__pycache__` beside this file, then the user's cache folder. Where neither can be
+    written, each process compiles for itself.
+    """
+    try:
+        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+
+
+@compiled
+def extend(
+    held: Ints,
+    working: Ints,
+    extra: Ints,
+    continues: Ints,
+    need_0: Ints,
+    time_0: Ints,
+    need_1: Ints,
+    time_1: Ints,
+) -> tuple[Ints, Ints, Links]:
+    """Put one operator in front of a suffix: every option on every point, non-dominated ones kept.
+
+    Option c continues with list `continues[c]` and maps a point (m, v) of it to
+    (held + max(working, m), v + extra). Where m <= working, only the last such point can be
+    non-dominated. What remains is one sorted list per option, merged in one pass.
+    """
+    num_options = len(held)
+    position = np.empty(num_options, np.int64)
+    length = 0
+    for c in range(num_options):
+        need = need_0 if continues[c] == 0 else need_1
+        position[c] = max(0, np.searchsorted(need, working[c], side="right") - 1)
+        length += len(need) - position[c]
+    needs = np.empty(length, np.int64)
+    times = np.empty(length, np.int64)
+    links = np.empty(length, np.int32)
+    heads = np.empty(num_options, np.int64)  # next point of each option's list: bytes
+    costs = np.empty(num_options, np.int64)  # the same point's time
+    infinite = np.iinfo(np.int64).max
+    for c in range(num_options):
+        need, time = (need_0, time_0) if continues[c] == 0 else (need_1, time_1)
+        heads[c] = held[c] + max(working[c], need[position[c]])
+        costs[c] = extra[c] + time[position[c]]
+    count = 0
+    best = infinite
+    while True:
+        first = 0
+        for c in range(1, num_options):
+            if heads[c] < heads[first] or (heads[c] == heads[first] and costs[c] < costs[first]):
+                first = c
+        if heads[first] == infinite:
+            break
+        if costs[first] < best:
+            best = costs[first]
+            needs[count] = heads[first]
+            times[count] = best
+            links[count] = position[first] << OPTION_BITS | first
+            count += 1
+        position[first] += 1
+        need, time = (need_0, time_0) if continues[first] == 0 else (need_1, time_1)
+        if position[first] < len(need):
+            heads[first] = held[first] + max(working[first], need[position[first]])
+            costs[first] = extra[first] + time[position[first]]
+        else:
+            heads[first] = infinite
+    return needs[:count], times[:count], links[:count]
+
+
+@compiled
+def thin(need: Ints, time: Ints, base: float, ratio: float) -> tuple[Ints, float]:
+    """Positions of points to keep so that every other has a kept one before it at most `ratio` slower.
+
+    Slower is measured on `base + time`. Returns the positions and the largest ratio that occurred.
+    """
+    kept = np.empty(len(need), np.int64)
+    count = 0
+    worst = 1.0
+    reference = np.inf
+    for k in range(len(need)):
+        here = base + time[k]
+        if reference <= ratio * here:
+            worst = max(worst, reference / here) if here > 0 else worst
+            continue
+        kept[count] = k
+        count += 1
+        reference = here
+    return kept[:count], worst
+
+
+@compiled
+def walk(
+    points: Ints,
+    states: Ints,
+    links_0: Links,
+    links_1: Links,
+    leads_to: Ints,
+    extra_s: npt.NDArray[np.float64],
+    total_s: npt.NDArray[np.float64],
+    choices: npt.NDArray[np.uint8],
+    shift: int,
+) -> None:
+    """Follow every schedule one operator further, in place.
+
+    points, states: (P,) where each schedule is, in which of the operator's two lists.
+    leads_to: per option, the state it leaves. extra_s: per option, its seconds, added to total_s (P,).
+    choices: (P,) bytes that take the option's two bits at `shift`.
+    """
+    for p in range(len(points)):
+        link = links_0[points[p]] if states[p] == 0 else links_1[points[p]]
+        option = link & (2**OPTION_BITS - 1)
+        points[p] = link >> OPTION_BITS
+        states[p] = leads_to[option]
+        total_s[p] += extra_s[option]
+        choices[p] |= np.uint8(option << shift)
