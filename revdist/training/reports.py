@@ -1,0 +1,111 @@
+"""What a replica tells the outside while it trains, kept until the reader has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from typing import Any, final
+
+from revdist.planning.batch import StepTimeCurve
+from revdist.planning.costs import Plan
+from revdist.training.agreement import Row
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """A step that all ranks took. Made by one rank, which knows every rank's row."""
+
+    time: float
+    """Seconds since the epoch (Unix), when the step ended."""
+    step: int
+    epoch: int
+    samples: int
+    """Samples processed by the run so far, this step included."""
+    loss: float
+    """Mean loss per sample of the whole batch."""
+    lr: float
+    step_s: float
+    pause_s: float
+    """Part of `step_s` spent on attempts that were redone."""
+    rows: tuple[Row, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """A plan that this replica runs from a step on."""
+
+    time: float
+    step: int
+    plan: Plan
+    free_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EventReport:
+    """Something that happened to this replica."""
+
+    time: float
+    step: int
+    kind: str
+    """One of those that events.jsonl names."""
+    rank: int
+    device: str
+    detail: str
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileReport:
+    """Progress of measuring this replica's device."""
+
+    rank: int
+    device: str
+    done: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CurveReport:
+    """New step-time curve of a replica whose memory has changed: the shares may have to follow."""
+
+    rank: int
+    curve: StepTimeCurve
+    reason: str
+
+
+Report = StepReport | PlanReport | EventReport | ProfileReport | CurveReport
+
+
+@final
+class Outbox:
+    """Reports in order, each kept until a reader says that it has it, so that a new reader misses none."""
+
+    def __init__(self, *, capacity: int = 100_000) -> None:
+        self._reports: deque[tuple[int, Report]] = deque(maxlen=capacity)
+        self._last = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def put(self, report: Report) -> None:
+        with self._changed:
+            self._last += 1
+            self._reports.append((self._last, report))
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No more reports will come: readers need not wait."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def read(self, after: int, *, timeout_s: float) -> tuple[int, list[Report]]:
+        """Reports after number `after`, which is thereby acknowledged, and the number of the last one.
+
+        Waits up to `timeout_s` for the first; the list is empty where none came.
+        """
+        with self._changed:
+            while self._reports and self._reports[0][0] <= after:
+                self._reports.popleft()
+            self._changed.wait_for(lambda: self._reports or self._closed, timeout=timeout_s)
+            return (self._reports[-1][0] if self._reports else after), [report for _, report in self._reports]

@@ -1,0 +1,176 @@
+"""The run directory: what a run writes, and how it is read again.
+
+    config.yaml     the resolved configuration
+    plans.jsonl     every plan adopted: time, step, rank, device, generation, reason, share, micro_batch,
+                    accumulation_steps, budget_bytes, free_bytes, predicted_step_s, predicted_peak_bytes,
+                    strip, schedule {modes, extra_s, need_bytes}
+    metrics.jsonl   every step: time, step, epoch, samples, loss, lr, step_s, samples_per_s, pause_s and
+                    ranks [{rank, device, share, micro_batch, step_s, compute_s, peak_bytes,
+                    predicted_peak_bytes, predicted_step_s, budget_bytes, free_bytes, generation, strip,
+                    demoted_bytes}]
+    events.jsonl    everything else: time, step, kind, rank, device, detail; kind is one of EVENT_KINDS
+    summary.json    what the run came to
+    checkpoints/    saved training state
+
+A run writes through one `RunWriter`; a line is complete or absent, so files can be read while they grow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO, final
+
+from revdist.config import RunConfig
+from revdist.errors import ConfigError
+from revdist.planning.costs import Plan, Schedule
+
+EVENT_KINDS = (
+    "start",
+    "profile",
+    "replan",
+    "out-of-memory",
+    "lost",
+    "joined",
+    "checkpoint",
+    "co-tenant",
+    "preempted",
+    "failed",
+    "end",
+)
+
+
+def default_run_dir(name: str, now: datetime, parent: Path | None = None) -> Path:
+    """`runs/<name>-<time>` under the current folder, with a number where that exists already."""
+    stem = (parent or Path("runs")) / f"{name}-{now:%Y%m%d-%H%M%S}"
+    candidate, number = stem, 2
+    while candidate.exists():
+        candidate, number = stem.with_name(f"{stem.name}-{number}"), number + 1
+    return candidate
+
+
+@final
+class RunWriter:
+    """Writes a run directory. Nothing exists on disk before `create`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, TextIO] = {}
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def create(self, config: RunConfig) -> None:
+        """Make the directory, readable by its owner's group at most, and write the configuration.
+
+        Raises ConfigError where it cannot be made or written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
+            (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            for name in ("plans", "metrics", "events"):
+                self._files[name] = (self.path / f"{name}.jsonl").open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write the run directory {self.path}: {error.strerror}; choose another with --run-dir"
+            ) from error
+
+    def plan(self, plan: Plan, *, time: float, step: int, free_bytes: int) -> None:
+        """Append a plan that a rank adopted at a step."""
+        self._append("plans", plan_record(plan, time=time, step=step, free_bytes=free_bytes))
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """Append a step."""
+        self._append("metrics", record)
+
+    def event(self, record: Mapping[str, Any]) -> None:
+        """Append an event."""
+        assert record["kind"] in EVENT_KINDS, record["kind"]
+        self._append("events", record)
+
+    def summary(self, record: Mapping[str, Any]) -> None:
+        """Write what the run came to, in one piece."""
+        whole = self.path / "summary.json"
+        part = whole.with_suffix(".part")
+        part.write_text(json.dumps(_finite(record), indent=2) + "\n", encoding="utf-8")
+        os.replace(part, whole)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        self._files[name].write(json.dumps(_finite(record)) + "\n")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunReader:
+    """Reads a run directory, finished or growing."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not (self.path / "config.yaml").is_file():
+            raise ConfigError(f"{self.path} is not a run directory: it holds no config.yaml")
+
+    def config(self) -> RunConfig:
+        return RunConfig.from_yaml(self.path / "config.yaml")
+
+    def plans(self) -> Iterator[dict[str, Any]]:
+        return self._lines("plans")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        return self._lines("metrics")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        return self._lines("events")
+
+    def summary(self) -> dict[str, Any] | None:
+        """What the run came to; None while it has not ended."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self.path / f"{name}.jsonl"
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):  # the last line may be half written
+                    yield json.loads(line)
+
+
+def plan_record(plan: Plan, *, time: float, step: int, free_bytes: int) -> dict[str, Any]:
+    """A plan as a line of plans.jsonl."""
+    return {
+        "time": time,
+        "step": step,
+        **dataclasses.asdict(plan),
+        "free_bytes": free_bytes,
+        "strip": plan.schedule.strip,
+    }
+
+
+def plan_of(record: Mapping[str, Any]) -> Plan:
+    """The plan in a line of plans.jsonl."""
+    fields = {field.name: record[field.name] for field in dataclasses.fields(Plan)}
+    fields["schedule"] = Schedule.from_json(json.dumps(record["schedule"]))
+    return Plan(**fields)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
