@@ -1,0 +1,72 @@
+"""A run directory read back: everything the figures and the report are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from revdist.errors import UsageError
+from revdist.training.run_directory import RunReader
+
+Line = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunHistory:
+    """What a run has written so far. A run that is still going on, or was cut off, has no summary."""
+
+    run_dir: Path
+    name: str
+    config: str
+    """config.yaml as it stands."""
+    plans: tuple[Line, ...]
+    metrics: tuple[Line, ...]
+    events: tuple[Line, ...]
+    summary: Line | None
+
+    @property
+    def start_s(self) -> float:
+        """The wall-clock time that figures count from: the first thing the run wrote down."""
+        times = [float(lines[0]["time"]) for lines in (self.plans, self.metrics, self.events) if lines]
+        return min(times, default=0.0)
+
+    @property
+    def end_s(self) -> float:
+        times = [float(lines[-1]["time"]) for lines in (self.plans, self.metrics, self.events) if lines]
+        return max(times, default=0.0)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Every rank that ever had a plan or did a step."""
+        found = {int(plan["rank"]) for plan in self.plans}
+        for line in self.metrics:
+            found.update(int(rank["rank"]) for rank in line.get("ranks", ()))
+        return tuple(sorted(found))
+
+    def plans_of(self, rank: int) -> list[Line]:
+        return [plan for plan in self.plans if plan["rank"] == rank]
+
+    def steps_of(self, rank: int) -> list[tuple[Line, Line]]:
+        """The steps a rank took part in: (the step's line, the rank's part of it)."""
+        return [(line, part) for line in self.metrics for part in line.get("ranks", ()) if part["rank"] == rank]
+
+
+def read_history(run_dir: Path) -> RunHistory:
+    """Read a run directory, whole or as far as its run has come.
+
+    Raises UsageError where `run_dir` is not one.
+    """
+    if not run_dir.is_dir():
+        raise UsageError(f"no run directory {run_dir}; `revdist launch` says where it writes, runs/<name>-<time>")
+    reader = RunReader(run_dir)
+    return RunHistory(
+        run_dir=run_dir,
+        name=reader.config().name,
+        config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+        plans=tuple(reader.plans()),
+        metrics=tuple(reader.metrics()),
+        events=tuple(reader.events()),
+        summary=reader.summary(),
+    )

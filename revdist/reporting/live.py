@@ -1,0 +1,98 @@
+"""The live view of a run: progress, a table of its devices, and a line for all that happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.text import Text
+
+from revdist.cluster.observer import Observer
+from revdist.devices.reading import Reading
+from revdist.planning.costs import Plan
+from revdist.reporting.live_state import RunState
+from revdist.reporting.phrases import plan_change
+from revdist.reporting.screens import Screen, screen_for
+from revdist.reporting.summary import summary_panel
+
+EVENT_STYLES: Mapping[str, str] = {
+    "co-tenant": "magenta",
+    "joined": "green",
+    "checkpoint": "dim",
+    "out-of-memory": "bold yellow",
+    "lost": "bold red",
+    "preempted": "bold yellow",
+    "failed": "bold red",
+}
+"""The events worth a line, with their colour. A replan is told from its plan; the rest shows in the table."""
+
+
+class LiveView(Observer):
+    """Shows a run on a console while it goes on. Use it as a context manager, so that the terminal is given back."""
+
+    def __init__(
+        self, console: Console, *, name: str = "run", total_steps: int | None = None, screen: Screen | None = None
+    ) -> None:
+        self._console = console
+        self._screen = screen or screen_for(console)
+        self._state = RunState(name, total_steps=total_steps)
+        self._is_open = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def on_start(self, run_dir: Path, devices: Sequence[Reading]) -> None:
+        self._state.start(run_dir, devices)
+        count = f"{len(devices)} device" + ("s" if len(devices) != 1 else "")
+        self._screen.line(Text.assemble((self._state.name, "bold"), f" on {count}, written to {run_dir}"))
+        self._screen.open(self._state)
+        self._is_open = True
+
+    def on_profile(self, rank: int, device: str, done: int, total: int) -> None:
+        self._state.rank(rank, device).profiled = (done, total)
+        self._screen.refresh(self._state, now=done == total)
+
+    def on_plan(self, plan: Plan, free_bytes: int) -> None:
+        before = self._state.adopt(plan, free_bytes)
+        style = "" if before is None else "cyan"
+        self._tell(plan.rank, plan_change(plan, before, free_bytes), style)
+        self._screen.refresh(self._state, now=True)
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        self._state.advance(metrics)
+        self._screen.refresh(self._state)
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        kind = str(event.get("kind", ""))
+        rank = event.get("rank")
+        if kind == "lost" and rank in self._state.ranks:
+            self._state.ranks[rank].lost = True
+        if kind in EVENT_STYLES:
+            detail = event.get("detail")
+            sentence = f"{kind}: {detail}" if detail else kind
+            self._tell(rank, sentence, EVENT_STYLES[kind], device=str(event.get("device") or ""))
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        self._screen.refresh(self._state, now=True)
+        self._close()
+        self._console.print(summary_panel(summary, self._state))
+
+    def _tell(self, rank: int | None, sentence: str, style: str, device: str = "") -> None:
+        name = self._state.ranks[rank].device if rank in self._state.ranks else device
+        line = Text(f"step {self._state.step:>5}  ", style="dim")
+        line.append(f"{name}  " if name else "", style="bold")
+        line.append(sentence, style=style)
+        self._screen.line(line)
+
+    def _close(self) -> None:
+        if self._is_open:
+            self._screen.close()
+            self._is_open = False

@@ -1,0 +1,95 @@
+"""What a running run looks like at this moment: fed by the observer, drawn by the screens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from revdist.devices.reading import Reading
+from revdist.planning.costs import Plan
+
+SMOOTHING = 0.2
+"""Weight of the newest step in the rates shown: about the last ten steps count."""
+
+
+@dataclasses.dataclass(slots=True)
+class RankState:
+    """One line of the live table; None: not known yet."""
+
+    rank: int
+    device: str
+    """Name of the device; with its host where the run spans several."""
+    free_bytes: int | None = None
+    plan: Plan | None = None
+    peak_bytes: int | None = None
+    samples_per_s: float | None = None
+    profiled: tuple[int, int] | None = None
+    """Measurements taken, of how many."""
+    lost: bool = False
+
+
+@dataclasses.dataclass(slots=True)
+class RunState:
+    """The whole run as far as it has been told."""
+
+    name: str
+    total_steps: int | None = None
+    run_dir: Path | None = None
+    ranks: dict[int, RankState] = dataclasses.field(default_factory=dict)
+    step: int = 0
+    epoch: int = 0
+    loss: float | None = None
+    samples_per_s: float | None = None
+    step_s: float | None = None
+
+    def start(self, run_dir: Path, devices: Sequence[Reading]) -> None:
+        self.run_dir = run_dir
+        several_hosts = len({reading.host for reading in devices}) > 1
+        for rank, reading in enumerate(devices):
+            name = f"{reading.name}@{reading.host}" if several_hosts else reading.name
+            self.ranks[rank] = RankState(rank, name, free_bytes=reading.free_bytes)
+
+    def rank(self, rank: int, device: str) -> RankState:
+        """The state of a rank; a newcomer is entered under the first part of its UUID."""
+        return self.ranks.setdefault(rank, RankState(rank, device[:12]))
+
+    def adopt(self, plan: Plan, free_bytes: int | None) -> Plan | None:
+        """Enter a plan and return the one it replaces."""
+        state = self.rank(plan.rank, plan.device)
+        before, state.plan, state.free_bytes = state.plan, plan, free_bytes
+        state.profiled, state.lost = None, False
+        return before
+
+    def advance(self, metrics: Mapping[str, Any]) -> None:
+        """Enter one line of metrics.jsonl."""
+        self.step = int(metrics["step"])
+        self.epoch = int(metrics.get("epoch", self.epoch))
+        self.loss = metrics.get("loss")
+        self.step_s = _smooth(self.step_s, metrics.get("step_s"))
+        self.samples_per_s = _smooth(self.samples_per_s, metrics.get("samples_per_s"))
+        for line in metrics.get("ranks", ()):
+            state = self.rank(line["rank"], str(line.get("device", "")))
+            state.free_bytes = line.get("free_bytes", state.free_bytes)
+            state.peak_bytes = line.get("peak_bytes", state.peak_bytes)
+            step_s = metrics.get("step_s") or 0
+            if step_s > 0 and "share" in line:
+                state.samples_per_s = _smooth(state.samples_per_s, line["share"] / step_s)
+
+    @property
+    def profiling(self) -> bool:
+        return any(state.profiled is not None for state in self.ranks.values())
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds to the last step at the present pace; None where either is unknown."""
+        if self.total_steps is None or self.step_s is None:
+            return None
+        return max(0, self.total_steps - self.step) * self.step_s
+
+
+def _smooth(old: float | None, new: float | None) -> float | None:
+    if new is None or old is None:
+        return new if old is None else old
+    return old + SMOOTHING * (new - old)

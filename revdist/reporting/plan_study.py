@@ -1,0 +1,150 @@
+"""What a frontier says to a person: schedules at telling budgets, what more memory buys, which batch is best."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from revdist.errors import BudgetTooSmall, format_bytes
+from revdist.planning.batch import interpolate
+from revdist.planning.costs import Mode, Profile, Schedule
+from revdist.planning.frontier import Frontier, solve
+from revdist.planning.replay import uniform
+from revdist.reporting.phrases import rate, seconds
+
+STEPS_BYTES = (2**30, 2**20, 2**10, 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice:
+    """The best schedule at one budget."""
+
+    budget_bytes: int
+    schedule: Schedule
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BatchPoint:
+    """How fast one micro-batch size runs under the best schedule that fits a budget."""
+
+    micro_batch: int
+    samples_per_s: float
+    schedule: Schedule
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """A profile with its frontier, looked at from a few budgets."""
+
+    profile: Profile
+    frontier: Frontier
+    choices: tuple[Choice, ...]
+    """Increasing budgets."""
+    curves: tuple[tuple[int, tuple[BatchPoint, ...]], ...] = ()
+    """Per budget: throughput by micro-batch. Empty: the profiles are of one micro-batch only."""
+    focus_bytes: int | None = None
+    """The budget asked about; none was: None."""
+
+    @property
+    def all_invert(self) -> Schedule:
+        return uniform(self.profile, Mode.INVERT)
+
+    @property
+    def all_save(self) -> Schedule:
+        return uniform(self.profile, Mode.SAVE)
+
+
+def study(
+    profiles: Sequence[Profile],
+    budgets_bytes: Sequence[int] = (),
+    *,
+    modes: Sequence[Mode] | None = None,
+    guarantee: float = 0.01,
+) -> Study:
+    """Solve the profile of the largest micro-batch and look at it from `budgets_bytes`.
+
+    Without budgets: five from the smallest possible one to the one at which nothing is gained any more.
+    Raises BudgetTooSmall where none of the given budgets holds any schedule.
+    """
+    ordered = sorted(profiles, key=lambda profile: profile.micro_batch)
+    profile = ordered[-1]
+    frontier = solve(profile, guarantee=guarantee, modes=modes)
+    budgets = sorted(set(budgets_bytes)) or telling_budgets(frontier)
+    if budgets[-1] < frontier.minimum_bytes:
+        raise BudgetTooSmall(budgets[-1], frontier.minimum_bytes, remedy="lower micro_batch or raise --budget")
+    fitting = [budget for budget in budgets if budget >= frontier.minimum_bytes]
+    return Study(
+        profile=profile,
+        frontier=frontier,
+        choices=tuple(Choice(budget, frontier.best(budget)) for budget in fitting),
+        curves=tuple((budget, throughput(ordered, budget, modes=modes)) for budget in budgets)
+        if len(ordered) > 1
+        else (),
+        focus_bytes=max(fitting) if budgets_bytes else None,
+    )
+
+
+def telling_budgets(frontier: Frontier, count: int = 5) -> list[int]:
+    """Budgets in equal steps from the smallest possible one to the largest that still buys time."""
+    low, high = frontier.minimum_bytes, frontier.maximum_bytes
+    return sorted({low + (high - low) * index // (count - 1) for index in range(count)})
+
+
+def step_bytes(frontier: Frontier) -> int:
+    """The 'one more': a GiB for large models, else the unit that is about a tenth of what can be bought."""
+    span = frontier.maximum_bytes - frontier.minimum_bytes
+    return next((step for step in STEPS_BYTES if step * 6 <= span), 1)
+
+
+def one_more(found: Study) -> str:
+    """What one more GiB (or MiB) would buy at the budget asked about, or at the smallest possible one."""
+    frontier, base_s = found.frontier, found.profile.base_s
+    budget = found.focus_bytes if found.focus_bytes is not None else frontier.minimum_bytes
+    now = frontier.best(budget)
+    fastest_bytes = frontier.maximum_bytes
+    step_s = base_s + now.extra_s
+    place = f"At {format_bytes(budget)} a micro-batch of {found.profile.micro_batch} takes {seconds(step_s)}"
+    if budget >= fastest_bytes:
+        return f"{place}, the fastest there is: more memory would buy nothing."
+    over = f", {now.extra_s / base_s:.0%} over the fastest" if base_s else ""
+    more = step_bytes(frontier)
+    saved_s = now.extra_s - frontier.best(budget + more).extra_s
+    return (
+        f"{place}{over}. One more {unit_name(more)} would save {seconds(saved_s)} ({saved_s / step_s:.1%}); "
+        f"{format_bytes(fastest_bytes - budget)} more would save all {seconds(now.extra_s)}."
+    )
+
+
+def unit_name(step: int) -> str:
+    """`GiB` for 1.0 GiB, as in 'one more GiB'; steps that are no whole unit in full, '16.0 MiB'."""
+    number, unit = format_bytes(step).split()
+    return unit if float(number) == 1 else f"{float(number):.0f} {unit}"
+
+
+def throughput(
+    profiles: Sequence[Profile], budget_bytes: int, *, modes: Sequence[Mode] | None = None, count: int = 24
+) -> tuple[BatchPoint, ...]:
+    """Samples per second by micro-batch, from the smallest to the largest profiled, as far as they fit."""
+    low, high = profiles[0].micro_batch, profiles[-1].micro_batch
+    sizes = sorted({low + (high - low) * index // (count - 1) for index in range(count)})
+    points = []
+    for size in sizes:
+        profile = interpolate(profiles, size)
+        try:
+            schedule = solve(profile, modes=modes).best(budget_bytes)
+        except BudgetTooSmall:
+            break
+        points.append(BatchPoint(size, size / (profile.base_s + schedule.extra_s), schedule))
+    return tuple(points)
+
+
+def best_batch(found: Study) -> str:
+    """Which micro-batch is fastest at each budget; empty where only one size was profiled."""
+    sentences = []
+    for budget, points in found.curves:
+        if points:
+            best = max(points, key=lambda point: point.samples_per_s)
+            sentences.append(
+                f"within {format_bytes(budget)}: {best.micro_batch} samples ({rate(best.samples_per_s)} samples/s)"
+            )
+    return "Best micro-batch " + ", ".join(sentences) + "." if sentences else ""

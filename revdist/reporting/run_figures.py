@@ -1,0 +1,176 @@
+"""Figures of a run: how it learnt, how fast, and how every device's memory and schedule moved together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
+
+from revdist.planning.costs import Mode
+from revdist.reporting.figure import house_style, mode_handles, new_figure
+from revdist.reporting.history import Line, RunHistory
+from revdist.reporting.palette import FAINT, INK, MODE_COLORS, MODE_OF_LETTER, MUTED, rank_color
+from revdist.reporting.phrases import REASONS, byte_unit, letters_used, rate
+
+T = TypeVar("T")
+
+MAX_POINTS = 1500
+"""Points drawn per line; longer runs are thinned, which a figure this wide cannot show."""
+MAX_RANKS = 8
+"""Ranks with a panel of their own."""
+
+
+def learning_figure(history: RunHistory) -> Figure:
+    """Loss and throughput over time, with every change of plan marked."""
+    with house_style():
+        figure, (loss, speed) = new_figure([2.2, 2.0], share_x=True)
+        times, lines = _over_time(history)
+        _loss(loss, times, lines)
+        _speed(speed, times, lines)
+        for axes in (loss, speed):
+            _mark_replans(axes, history)
+        speed.set_xlabel("seconds since the start")
+    return figure
+
+
+def memory_figure(history: RunHistory) -> Figure:
+    """Per rank: free memory, budget, measured and predicted peak of activations; below, the schedule as it changed."""
+    ranks = history.ranks[:MAX_RANKS]
+    with house_style():
+        figure, panels = new_figure([height for _ in ranks for height in (1.9, 0.85)], share_x=True)
+        for index, rank in enumerate(ranks):
+            _memory(panels[2 * index], history, rank, with_legend=index == 0)
+            _ribbon(panels[2 * index + 1], history, rank)
+        panels[-1].set_xlabel("seconds since the start")
+        strips = [str(plan.get("strip", "")) for plan in history.plans]
+        figure.legend(handles=mode_handles(letters_used(strips)), loc="outside lower right", ncols=4)
+    return figure
+
+
+def _over_time(history: RunHistory) -> tuple[np.ndarray, Sequence[Line]]:
+    lines = _thin(history.metrics)
+    return np.array([line["time"] - history.start_s for line in lines]), lines
+
+
+def _thin(lines: Sequence[T]) -> Sequence[T]:
+    return lines[:: max(1, -(-len(lines) // MAX_POINTS))]
+
+
+def _values(lines: Sequence[Line], key: str) -> np.ndarray:
+    """One number per line; NaN, which leaves a gap, where a line has none."""
+    return np.array([np.nan if line.get(key) is None else line[key] for line in lines], dtype=float)
+
+
+def _loss(axes: Axes, times: np.ndarray, lines: Sequence[Line]) -> None:
+    losses = _values(lines, "loss")
+    axes.plot(times, losses, color=rank_color(0), alpha=0.25, linewidth=1)
+    axes.plot(times, _smoothed(losses), color=rank_color(0))
+    axes.set_title("Loss")
+    axes.set_ylabel("training loss")
+    axes.set_ylim(bottom=0)
+
+
+def _speed(axes: Axes, times: np.ndarray, lines: Sequence[Line]) -> None:
+    rates = _values(lines, "samples_per_s")
+    axes.plot(times, rates, color=rank_color(2), alpha=0.25, linewidth=1)
+    axes.plot(times, _smoothed(rates), color=rank_color(2))
+    axes.set_title("Throughput")
+    axes.set_ylabel("samples/s")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Running median over about a fiftieth of the run, which leaves steps steep."""
+    half = max(1, len(values) // 100)
+    return np.array([np.nanmedian(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def _memory(axes: Axes, history: RunHistory, rank: int, *, with_legend: bool) -> None:
+    steps = _thin(history.steps_of(rank))
+    times = np.array([line["time"] - history.start_s for line, _ in steps])
+    series = {
+        key: _values([part for _, part in steps], key)
+        for key in ("free_bytes", "budget_bytes", "peak_bytes", "predicted_peak_bytes")
+    }
+    fixed = fixed_bytes(history.plans_of(rank), [line["step"] for line, _ in steps])
+    series["peak_bytes"] -= fixed
+    series["predicted_peak_bytes"] -= fixed
+    unit, size = byte_unit(float(np.nanmax(values)) for values in series.values() if np.isfinite(values).any())
+    color = rank_color(rank)
+    axes.fill_between(times, series["free_bytes"] / size, color=FAINT, step="post", linewidth=0, label="free")
+    axes.step(times, series["budget_bytes"] / size, where="post", color=INK, linewidth=1.4, label="budget")
+    predicted, measured = series["predicted_peak_bytes"] / size, series["peak_bytes"] / size
+    axes.plot(times, predicted, color=color, linestyle=(0, (4, 2)), linewidth=1.3, label="peak, predicted")
+    axes.plot(times, measured, color=color, label="peak, measured")
+    _mark_replans(axes, history, rank)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(unit)
+    axes.set_title(f"Rank {rank}, {_device_name(history, rank)}: memory for activations")
+    if with_legend:
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.1)
+
+
+def fixed_bytes(plans: Sequence[Line], steps: Sequence[int]) -> np.ndarray:
+    """Per step, the part of a peak that no schedule changes: parameters, gradients, optimizer state.
+
+    Peaks are of all that a replica holds, budgets of its activations alone; this is what lies between.
+    """
+    if not plans:
+        return np.zeros(len(steps))
+    adopted = [plan["step"] for plan in plans]
+    fixed = np.array([plan["predicted_peak_bytes"] - plan["schedule"]["need_bytes"] for plan in plans], dtype=float)
+    return fixed[np.clip(np.searchsorted(adopted, steps, side="right") - 1, 0, None)]
+
+
+def _ribbon(axes: Axes, history: RunHistory, rank: int) -> None:
+    """The schedule over time: operators from top to bottom, each in the colour of its mode."""
+    plans = [plan for plan in history.plans_of(rank) if plan.get("strip")]
+    axes.grid(visible=False)
+    axes.set_ylabel("operators")
+    axes.set_yticks([])
+    if not plans:
+        return
+    modes = list(Mode)
+    edges = [plan["time"] - history.start_s for plan in plans] + [history.end_s - history.start_s]
+    height = max(len(plan["strip"]) for plan in plans)
+    for start, end, plan in zip(edges[:-1], edges[1:], plans, strict=True):
+        column = np.array([[modes.index(MODE_OF_LETTER[letter])] for letter in plan["strip"]])
+        axes.pcolormesh(
+            [start, max(end, start)],
+            np.linspace(0, height, len(column) + 1),
+            column,
+            cmap=ListedColormap([MODE_COLORS[mode] for mode in modes]),
+            vmin=-0.5,
+            vmax=len(modes) - 0.5,
+            edgecolors="white",
+            linewidth=0.4 if height <= 60 else 0,
+        )
+    axes.set_ylim(height, 0)
+
+
+def _mark_replans(axes: Axes, history: RunHistory, rank: int | None = None) -> None:
+    """A line at every change of plan, of one rank with its reason, or of all of them without."""
+    place = blended_transform_factory(axes.transData, axes.transAxes)
+    seen: set[int] = set()
+    for plan in history.plans if rank is None else history.plans_of(rank):
+        first, _ = plan["rank"] not in seen, seen.add(plan["rank"])
+        if first:
+            continue
+        at = plan["time"] - history.start_s
+        axes.axvline(at, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        if rank is not None:
+            reason = REASONS.get(str(plan.get("reason")), str(plan.get("reason")))
+            axes.text(at, 0.97, f" {reason}", transform=place, va="top", fontsize=7.5, color=MUTED)
+
+
+def _device_name(history: RunHistory, rank: int) -> str:
+    for line in (*history.plans_of(rank), *(part for _, part in history.steps_of(rank)[:1])):
+        if line.get("device"):
+            return str(line["device"])
+    return "unknown device"
