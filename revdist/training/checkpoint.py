@@ -1,0 +1,174 @@
+"""Saved training state on disk: torch.distributed.checkpoint files, whole or absent.
+
+Replicas hold the same state, so one rank writes all of it, without a collective, while the others
+train on. A checkpoint is written beside its place and renamed, so that one with its final name is
+whole. Loading runs no code from the files: tensors are read with `weights_only`, the index with an
+unpickler that knows its few classes alone, and the rest is JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from revdist.errors import CheckpointError
+
+_NAME = re.compile(r"step-(\d{9})")
+_PROGRESS = "progress.json"
+_INDEX = ".metadata"
+_INDEX_CLASSES = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a run was when it was saved, and what its data order depends on."""
+
+    step: int
+    """Steps taken."""
+    seed: int
+    global_batch: int
+    num_samples: int
+    generation: int
+    shares: tuple[int, ...]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Raises CheckpointError for anything that `to_json` did not write."""
+        try:
+            fields = json.loads(text)
+            return cls(**{**fields, "shares": tuple(fields["shares"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"not the progress of a run: {error}") from None
+
+
+def save(folder: Path, state: dict[str, Tensor], progress: Progress, *, keep: int) -> Path:
+    """Write a checkpoint into `folder`, then remove all but the newest `keep`.
+
+    Raises CheckpointError where it cannot be written; earlier checkpoints are untouched then.
+    """
+    whole = folder / f"step-{progress.step:09d}"
+    part = whole.with_suffix(".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True, mode=0o750)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(state, checkpoint_id=part, no_dist=True)
+        (part / _PROGRESS).write_text(progress.to_json(), encoding="utf-8")
+        shutil.rmtree(whole, ignore_errors=True)
+        os.replace(part, whole)
+    except (OSError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write the checkpoint {whole}: {error}; free space, or set checkpoint.location"
+        ) from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return whole
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _PROGRESS).is_file())
+
+
+def newest(folder: Path) -> Path:
+    """The newest whole checkpoint. Raises CheckpointError where there is none."""
+    found = checkpoints(folder)
+    if not found:
+        raise CheckpointError(f"no checkpoint in {folder}: start the run without --resume")
+    return found[-1]
+
+
+def read_progress(path: Path) -> Progress:
+    """Where the run was. Raises CheckpointError."""
+    try:
+        return Progress.from_json((path / _PROGRESS).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, on the CPU. Raises CheckpointError."""
+    reader = _SafeReader(path)
+    try:
+        index = reader.read_metadata()
+        state = {name: _allocate(name, entry) for name, entry in index.state_dict_metadata.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, storage_reader=reader, no_dist=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
+    return state
+
+
+def check_same_run(progress: Progress, *, seed: int, global_batch: int, num_samples: int) -> None:
+    """Raise CheckpointError unless the data order goes on where the checkpoint stopped."""
+    for name, here in (("seed", seed), ("global_batch", global_batch), ("num_samples", num_samples)):
+        there = getattr(progress, name)
+        if there != here:
+            raise CheckpointError(
+                f"the checkpoint has {name} {there}, this run {here}: samples would be repeated or left out; "
+                f"set {name} back or start a new run"
+            )
+
+
+def _allocate(name: str, entry: Any) -> Tensor:
+    if not isinstance(entry, TensorStorageMetadata):
+        raise CheckpointError(f"the checkpoint holds {name!r}, which is not a tensor")
+    return torch.empty(entry.size, dtype=entry.properties.dtype)
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """Reads the index without running what a pickle may ask for."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / _INDEX).open("rb") as file:
+            index: Metadata = _IndexUnpickler(file).load()
+        if index.storage_meta is not None:
+            index.storage_meta.load_id = self.load_id
+        return index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _INDEX_CLASSES or (module == "torch" and _is_dtype(name)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the index names {module}.{name}, which no checkpoint needs")
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)

@@ -1,0 +1,152 @@
+"""One rank's part of one step: its micro-batches forward and backward, and what happens when memory runs out.
+
+Out of memory is an event, met in three ways, the cheapest that works:
+1. within the allocation that failed, cached activations of the step are released and rebuilt later
+   (`ReversibleChain.demote`), and the allocation is tried again: nothing else notices;
+2. while nothing has been reduced yet, this rank starts its part of the step again with a smaller plan;
+3. once reduction has begun, this rank contributes zeros for what it cannot compute, so that no peer
+   waits, and says in the step's agreement that all must redo it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from revdist.devices.device import Device
+from revdist.reversible.chain import ReversibleChain
+from revdist.training.data import Indices, fetch, micro_batches
+from revdist.training.replicated import Replicated, move_batch
+
+SmallerPlan = Callable[[str], int]
+"""Called with torch's message when memory ran out: switches to a smaller plan and returns its micro-batch."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a rank's part of a step came to."""
+
+    samples: int
+    loss_sum: float
+    compute_s: float
+    """Time of the attempt that counts, from its start until the last own gradient was there."""
+    retried_s: float
+    """Time of attempts before it that ran out of memory."""
+    demoted_bytes: int
+    failed: bool
+    """Gradients are not those of the whole part: the step must be redone."""
+
+
+@final
+class LocalStep:
+    """Runs this rank's part of a step, as often as it takes."""
+
+    def __init__(self, replicated: Replicated, chain: ReversibleChain, device: Device, *, precision: str, seed: int):
+        self._replicated = replicated
+        self._chain = chain
+        self._device = device
+        self._precision = precision
+        self._seed = seed
+        self._buffers = _Buffers(replicated.model)
+        self._demoted_bytes = 0
+        device.on_shortage(self._demote)
+
+    def run(
+        self,
+        dataset: Any,
+        indices: Indices,
+        *,
+        step: int,
+        rank: int,
+        scale: float,
+        micro_batch: int,
+        smaller_plan: SmallerPlan,
+    ) -> Outcome:
+        """Gradients of the samples at `indices`, each sample's loss times `scale`, averaged over ranks.
+
+        Raises what `smaller_plan` raises when there is none.
+        """
+        began_s = time.perf_counter()
+        self._demoted_bytes = 0
+        self._buffers.keep()
+        failed = False
+        while True:
+            attempt_s = time.perf_counter()
+            loss_sum, shortage = self._attempt(dataset, micro_batches(indices, micro_batch), step, rank, scale)
+            if shortage is None:
+                break
+            micro_batch = smaller_plan(shortage)
+            self._buffers.restore()
+            if self._replicated.reduction_began:
+                self._replicated.finish_reduction()
+                failed = True
+                break
+        return Outcome(
+            samples=len(indices),
+            loss_sum=loss_sum,
+            compute_s=max(0.0, self._replicated.compute_ended_s - attempt_s),
+            retried_s=attempt_s - began_s,
+            demoted_bytes=self._demoted_bytes,
+            failed=failed,
+        )
+
+    def restore_buffers(self) -> None:
+        """Take back what the step did to buffers: it will be redone."""
+        self._buffers.restore()
+
+    def close(self) -> None:
+        self._device.on_shortage(None)
+
+    def _attempt(
+        self, dataset: Any, parts: list[Indices], step: int, rank: int, scale: float
+    ) -> tuple[float, str | None]:
+        """Summed loss of all micro-batches, and what ran out of memory, if it did.
+
+        Returns the message, not the error: its traceback would keep the activations alive.
+        """
+        torch.manual_seed(_step_seed(self._seed, step, rank))
+        self._replicated.start_step()
+        loss_sum = 0.0
+        try:
+            for part in parts[:-1]:
+                loss_sum += self._replicated.backward(self._load(dataset, part), scale, reduce=False)
+            last = self._load(dataset, parts[-1]) if parts else None
+            loss_sum += self._replicated.backward(last, scale, reduce=True)
+        except torch.OutOfMemoryError as error:
+            return loss_sum, str(error)
+        return loss_sum, None
+
+    def _load(self, dataset: Any, part: Indices) -> tuple[Any, Any]:
+        return move_batch(fetch(dataset, part), self._device.torch_device, self._precision)
+
+    def _demote(self, missing_bytes: int) -> int:
+        released = self._chain.demote(missing_bytes)
+        self._demoted_bytes += released
+        return released
+
+
+@final
+class _Buffers:
+    """The model's buffers as they were before a step, so that a redone step updates them once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._live: list[Tensor] = [buffer for buffer in model.buffers() if buffer.numel()]
+        self._kept = [buffer.clone() for buffer in self._live]
+
+    def keep(self) -> None:
+        if self._live:
+            torch._foreach_copy_(self._kept, self._live)
+
+    def restore(self) -> None:
+        if self._live:
+            torch._foreach_copy_(self._live, self._kept)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Random numbers of a step, dropout's say, depend on these three alone: a redone or resumed step draws the same."""
+    return (seed * 1_000_003 + step * 10_007 + rank) % 2**63

@@ -1,0 +1,138 @@
+"""The model and its loss as every rank runs them: gradients of the whole batch, whatever the shares.
+
+DistributedDataParallel averages gradients over ranks. Each rank therefore scales its summed loss by
+world_size / batch, and the average is the gradient of the mean loss over the whole batch, exactly
+the one that a single process computes, for any shares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+LossFn = Callable[..., Tensor]
+
+
+@final
+class SummedLoss(nn.Module):
+    """Runs a model and sums its loss over a micro-batch, in the precision of the run."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.precision = precision
+
+    def forward(self, batch: tuple[Any, Any] | None) -> Tensor:
+        """Summed loss () of a batch `(input, target)`; without a batch, a zero that depends on nothing."""
+        if batch is None:
+            return torch.zeros(())
+        inputs, target = batch
+        with self.autocast(inputs):
+            return self.loss_fn(self.model(inputs), target, reduction="sum")
+
+    def autocast(self, inputs: Tensor) -> contextlib.AbstractContextManager[Any]:
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(inputs.device.type, dtype=torch.bfloat16)
+
+
+@final
+class Replicated:
+    """This rank's copy of the model among the others: computes, and reduces gradients as they arrive.
+
+    Buffers, such as BatchNorm's statistics, are each rank's own between `average_buffers`: DDP's own
+    broadcast runs once per forward, and ranks may differ in how many forwards make a step.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, precision: str) -> None:
+        self.loss = SummedLoss(model, loss_fn, precision)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.compute_ended_s = 0.0
+        """Clock when the last own gradient of the reducing micro-batch was there; peers may still be computing."""
+        self._reduced: set[int] = set()
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self._note)
+        self._ddp = DistributedDataParallel(self.loss, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        self._reducing = False
+
+    @property
+    def model(self) -> nn.Module:
+        return self.loss.model
+
+    @property
+    def reduction_began(self) -> bool:
+        """Whether gradients of this step are on their way to the other ranks."""
+        return bool(self._reduced)
+
+    def start_step(self) -> None:
+        """Zero the gradients, in place: they stay views of the buckets that are reduced."""
+        self._reduced.clear()
+        self._reducing = False
+        self._ddp.zero_grad(set_to_none=False)
+
+    def backward(self, batch: tuple[Any, Any] | None, scale: float, *, reduce: bool) -> float:
+        """Forward and backward of one micro-batch; returns its summed loss.
+
+        The last micro-batch of a step is the one to `reduce`, on every rank; a rank without samples
+        passes None for it.
+        """
+        self._reducing = reduce
+        with contextlib.nullcontext() if reduce else self._ddp.no_sync():
+            loss = self._ddp(batch)
+            if loss.requires_grad:
+                (loss * scale).backward()  # type: ignore[no-untyped-call]
+            if reduce:
+                self.finish_reduction()
+        return float(loss.detach())
+
+    def finish_reduction(self) -> None:
+        """Contribute zeros for every parameter whose gradient did not come, so that no peer waits for it.
+
+        That is one the loss does not depend on, all of them where the rank has no sample, and those
+        that a backward left out when it ran out of memory halfway.
+        """
+        missing = [parameter for parameter in self.parameters if id(parameter) not in self._reduced]
+        if missing:
+            zeros = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in missing]
+            torch.autograd.backward(missing, zeros)
+
+    def average_buffers(self, weight: float) -> None:
+        """Average floating-point buffers over ranks, weighted: all ranks hold the same ones afterwards."""
+        buffers = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        if not buffers:
+            return
+        flat = torch.cat([buffer.flatten().double() for buffer in buffers]).mul_(weight)
+        flat = torch.cat([flat, flat.new_tensor([weight])])
+        dist.all_reduce(flat)
+        sizes = [buffer.numel() for buffer in buffers]
+        for buffer, mean in zip(buffers, (flat[:-1] / flat[-1]).split(sizes), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def close(self) -> None:
+        """Let go of the process group; a group that DDP still uses cannot be left."""
+        del self._ddp
+
+    def _note(self, parameter: Tensor) -> None:
+        if self._reducing:
+            self._reduced.add(id(parameter))
+            self.compute_ended_s = time.perf_counter()
+
+
+def to_precision(model: nn.Module, precision: str) -> nn.Module:
+    """The model with parameters as the precision wants them: fp64 doubles them, bf16 keeps fp32 ones."""
+    return model.double() if precision == "fp64" else model
+
+
+def move_batch(batch: Any, device: torch.device, precision: str) -> tuple[Any, Any]:
+    """A fetched `(input, target)` on the device; floating-point inputs in the run's precision."""
+    inputs, target = batch
+    dtype = torch.float64 if precision == "fp64" and inputs.is_floating_point() else None
+    return inputs.to(device, dtype, non_blocking=True), target.to(device, non_blocking=True)

@@ -1,0 +1,83 @@
+"""The state of training as a flat mapping of names to tensors, to be saved or sent.
+
+Hyperparameters are not part of it: they come from the configuration, the learning rate from the step.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from revdist.errors import CheckpointError
+
+_MODEL = "model/"
+_OPTIMIZER = "optimizer/"
+
+TensorSpec = tuple[str, torch.Size, torch.dtype]
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters, buffers and optimizer state by name. The tensors are the live ones.
+
+    Raises CheckpointError for an optimizer that keeps something else than tensors.
+    """
+    state = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key!r}: "
+                    "only optimizers whose state is tensors can be saved"
+                )
+            state[f"{_OPTIMIZER}{names[parameter]}/{key}"] = value
+    return state
+
+
+def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Put a state in place: copied into parameters and buffers, taken over as optimizer state.
+
+    Raises CheckpointError naming the first difference when the state is of another model.
+    """
+    own = model.state_dict()
+    saved = {name.removeprefix(_MODEL): tensor for name, tensor in state.items() if name.startswith(_MODEL)}
+    for name in sorted(own.keys() ^ saved.keys()):
+        where = "the checkpoint" if name in saved else "the model"
+        raise CheckpointError(f"the checkpoint is of another model: only {where} has {name!r}")
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape:
+            raise CheckpointError(
+                f"the checkpoint is of another model: {name!r} is {tuple(saved[name].shape)} there "
+                f"and {tuple(tensor.shape)} here"
+            )
+    model.load_state_dict(saved)
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for full_name, tensor in state.items():
+        if full_name.startswith(_OPTIMIZER):
+            name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition("/")
+            parameter = parameters[name]
+            # Counters stay where torch keeps them, on the CPU; moments live beside their parameter.
+            home = parameter.device if tensor.dim() else tensor.device
+            optimizer.state[parameter][key] = tensor.to(home)
+
+
+def send_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, source: int) -> None:
+    """Give every rank the state of rank `source`, over the default process group."""
+    sending = dist.get_rank() == source
+    state = training_state(model, optimizer) if sending else {}
+    specs: list[list[TensorSpec]] = [[(name, t.shape, t.dtype) for name, t in state.items()]]
+    dist.broadcast_object_list(specs, src=source)
+    received = {}
+    for name, shape, dtype in specs[0]:
+        tensor = state[name].contiguous() if sending else torch.empty(shape, dtype=dtype, device=_home(model))
+        dist.broadcast(tensor, src=source)
+        received[name] = tensor
+    if not sending:
+        load_training_state(model, optimizer, received)
+
+
+def _home(model: nn.Module) -> torch.device:
+    parameter = next(iter(model.parameters()), None)
+    return torch.device("cpu") if parameter is None else parameter.device
