@@ -1,0 +1,115 @@
+"""The machine below the devices: its name, its memory and the identity of its processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import uuid
+from pathlib import Path
+
+PID_BITS = 22
+"""Linux never hands out a pid of 2**22 or more."""
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+def machine_uuid(*parts: str) -> str:
+    """A UUID that is the same on every call on this host for the same parts, and differs between hosts."""
+    try:
+        machine = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        machine = f"{uuid.getnode():x}"
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, "/".join((machine, host_name(), *parts))))
+
+
+def host_memory() -> tuple[int, int]:
+    """`(total_bytes, free_bytes)` for processes here: the machine's, or their control group's if that is less."""
+    fields = {}
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        key, _, value = line.partition(":")
+        fields[key] = int(value.split()[0]) * 1024
+    total, free = fields["MemTotal"], fields["MemAvailable"]
+    for limit, used in _control_group_memory():
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
+
+
+def _control_group_memory() -> list[tuple[int, int]]:
+    """`(limit, used)` bytes of every control group above this process that has a limit."""
+    limits = []
+    for folder, limit_name, used_name in _control_group_folders():
+        try:
+            limit = (folder / limit_name).read_text(encoding="ascii").strip()
+            used = (folder / used_name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if limit != "max":
+            limits.append((int(limit), int(used)))
+    return limits
+
+
+@functools.lru_cache(maxsize=1)
+def _control_group_folders() -> tuple[tuple[Path, str, str], ...]:
+    folders: list[tuple[Path, str, str]] = []
+    try:
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ()
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif controllers == "memory":
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        # In a container the path is the host's; the group itself is then mounted at the root.
+        inside = (root / path.lstrip("/")).resolve()
+        above = [folder for folder in (inside, *inside.parents) if folder.is_relative_to(root)]
+        folders.extend((folder, *names) for folder in above or [root] if (folder / names[0]).exists())
+    return tuple(folders)
+
+
+def process_identity(pid: int) -> int:
+    """Start time and pid of a living process as one number, 0 if there is none.
+
+    A pid alone may have been handed out again. A zombie counts as dead: its memory is free.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
+    fields = stat.rpartition(b")")[2].split()
+    if fields[0] in (b"Z", b"X", b"x"):
+        return 0
+    return int(fields[19]) << PID_BITS | pid
+
+
+def identity_pid(identity: int) -> int:
+    return identity & ((1 << PID_BITS) - 1)
+
+
+def pid_namespace() -> int:
+    """Inode of this process's pid namespace: elsewhere our pids mean nothing."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def process_name(pid: int) -> str:
+    """What runs there, short: a Python process by its module or script. Empty if it is gone or not ours to see."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    program = Path(words[0]).name
+    if program.startswith("python") and len(words) > 1:
+        if "-m" in words[:-1]:
+            return words[words.index("-m") + 1]
+        script = next((word for word in words[1:] if not word.startswith("-")), "")
+        return f"{program} -c" if "-c" in words else Path(script).name or program
+    return program
