@@ -6,6 +6,7 @@ import functools
 import os
 import socket
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 PID_BITS = 22
@@ -28,36 +29,34 @@ def machine_uuid(*parts: str) -> str:
 def host_memory() -> tuple[int, int]:
     """`(total_bytes, free_bytes)` for processes here: the machine's, or their control group's if that is less."""
     fields = {}
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        key, _, value = line.partition(":")
-        fields[key] = int(value.split()[0]) * 1024
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            fields[key] = int(value.split()[0]) * 1024
     total, free = fields["MemTotal"], fields["MemAvailable"]
-    for limit, used in _control_group_memory():
-        total, free = min(total, limit), min(free, max(0, limit - used))
+    for limit_bytes, used_file in _memory_limits(total):
+        used_bytes = _read_number(used_file) or 0
+        total, free = min(total, limit_bytes), min(free, max(0, limit_bytes - used_bytes))
     return total, free
 
 
-def _control_group_memory() -> list[tuple[int, int]]:
-    """`(limit, used)` bytes of every control group above this process that has a limit."""
-    limits = []
-    for folder, limit_name, used_name in _control_group_folders():
-        try:
-            limit = (folder / limit_name).read_text(encoding="ascii").strip()
-            used = (folder / used_name).read_text(encoding="ascii").strip()
-        except OSError:
-            continue
-        if limit != "max":
-            limits.append((int(limit), int(used)))
-    return limits
-
-
 @functools.lru_cache(maxsize=1)
-def _control_group_folders() -> tuple[tuple[Path, str, str], ...]:
-    folders: list[tuple[Path, str, str]] = []
+def _memory_limits(total_bytes: int) -> tuple[tuple[int, Path], ...]:
+    """Of every control group above this process that limits memory: the limit, and the file of what is used."""
+    limits = []
+    for folder, limit_name, used_name in _control_groups():
+        limit_bytes = _read_number(folder / limit_name)
+        if limit_bytes is not None and limit_bytes < total_bytes:
+            limits.append((limit_bytes, folder / used_name))
+    return tuple(limits)
+
+
+def _control_groups() -> Iterator[tuple[Path, str, str]]:
+    """Folder and file names of every control group above this process that counts memory."""
     try:
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return ()
+        return
     for group in groups:
         _, controllers, path = group.split(":", 2)
         if controllers == "":
@@ -66,11 +65,18 @@ def _control_group_folders() -> tuple[tuple[Path, str, str], ...]:
             root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        # In a container the path is the host's; the group itself is then mounted at the root.
         inside = (root / path.lstrip("/")).resolve()
-        above = [folder for folder in (inside, *inside.parents) if folder.is_relative_to(root)]
-        folders.extend((folder, *names) for folder in above or [root] if (folder / names[0]).exists())
-    return tuple(folders)
+        for folder in (inside, *inside.parents):
+            if folder.is_relative_to(root):
+                # In a container the path is the host's, and only the root is there to see.
+                yield folder, *names
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # not there, or "max"
+        return None
 
 
 def process_identity(pid: int) -> int:
