@@ -11,7 +11,7 @@ of the next operator's list it continues with.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -33,9 +33,9 @@ def compiled(function: Function) -> Function:
     written, each process compiles for itself.
     """
     try:
-        return numba.njit(cache=True, nogil=True)(function)  # type: ignore[no-any-return]
+        return cast(Function, numba.njit(cache=True, nogil=True)(function))
     except RuntimeError:
-        return numba.njit(nogil=True)(function)  # type: ignore[no-any-return]
+        return cast(Function, numba.njit(nogil=True)(function))
 
 
 @compiled
@@ -94,28 +94,28 @@ def extend(
             costs[first] = extra[first] + time[position[first]]
         else:
             heads[first] = infinite
-    return needs[:count], times[:count], links[:count]
+    return needs[:count].copy(), times[:count].copy(), links[:count].copy()  # not views of the longer arrays
 
 
 @compiled
-def thin(need: Ints, time: Ints, base: float, ratio: float) -> tuple[Ints, float]:
+def thin(time: Ints, reference: float, ratio: float) -> tuple[Ints, float]:
     """Positions of points to keep so that every other has a kept one before it at most `ratio` slower.
 
-    Slower is measured on `base + time`. Returns the positions and the largest ratio that occurred.
+    Slower is measured on `reference + time`. Returns the positions and the largest ratio made use of.
     """
-    kept = np.empty(len(need), np.int64)
+    kept = np.empty(len(time), np.int64)
     count = 0
     worst = 1.0
-    reference = np.inf
-    for k in range(len(need)):
-        here = base + time[k]
-        if reference <= ratio * here:
-            worst = max(worst, reference / here) if here > 0 else worst
+    last = np.inf
+    for k in range(len(time)):
+        here = reference + time[k]
+        if last <= ratio * here:
+            worst = max(worst, last / here)
             continue
         kept[count] = k
         count += 1
-        reference = here
-    return kept[:count], worst
+        last = here
+    return kept[:count].copy(), worst
 
 
 @compiled
