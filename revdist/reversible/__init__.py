@@ -1,0 +1,16 @@
+"""Reversible execution: operators, the chain that runs them under a schedule, and the profiler."""
+
+from revdist.reversible.chain import Event, ReversibleChain, apply, find_chain
+from revdist.reversible.couplings import AdditiveCoupling, AffineCoupling, Coupling
+from revdist.reversible.operator import ReversibleOperator
+
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Coupling",
+    "Event",
+    "ReversibleChain",
+    "ReversibleOperator",
+    "apply",
+    "find_chain",
+]

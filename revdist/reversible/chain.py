@@ -1,0 +1,207 @@
+"""The chain: runs its operators forward, each under the mode that the schedule gives it.
+
+Gradients are those of plain autograd under every schedule; see `record` for how. A schedule is data
+that the chain reads at each forward, so switching it rebuilds nothing and touches no parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from revdist.errors import UsageError
+from revdist.planning.costs import Mode, Schedule
+from revdist.reversible.conditions import Ambience
+from revdist.reversible.demotion import LiveRecords
+from revdist.reversible.operator import Operator, Streams, operators_of
+from revdist.reversible.record import Exit, Record, converted, unpack
+from revdist.reversible.replay import inside_operator, is_inside_operator
+
+
+class Event(NamedTuple):
+    """An operator starts its forward or its backward."""
+
+    kind: Literal["forward", "backward"]
+    operator: int
+    """Its number in the chain."""
+
+
+class ReversibleChain(nn.Module):
+    """A sequence of modules, reversible and ordinary ones mixed, that runs under a schedule.
+
+    Takes one tensor, which is halved along `split_dim` at the entrance of each run of couplings and
+    joined at its exit, or a pair of halves; returns what it was given. The modules are registered
+    under the names of a mapping, or numbered. Inside an operator of another chain it is a part of
+    that operator and runs plainly.
+    """
+
+    def __init__(self, operators: Mapping[str, nn.Module] | Iterable[nn.Module], *, split_dim: int = 1) -> None:
+        super().__init__()
+        named = operators.items() if isinstance(operators, Mapping) else enumerate(operators)
+        for name, module in named:
+            self.add_module(str(name), module)
+        self.split_dim = split_dim
+        self._planned: tuple[tuple[nn.Module | None, ...], tuple[Operator, ...]] = ((), ())
+        self._modes: tuple[Mode, ...] = ()
+        self._live = LiveRecords()
+        self._observer: Callable[[Event], None] | None = None
+        self._last_event: Event | None = None
+        if not self.operators:
+            raise UsageError("a chain needs at least one operator")
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """What is planned, in the order of the forward: each coupling counts as two."""
+        elements = tuple(self._modules.values())
+        if self._planned[0] != elements:
+            planned = [operators_of(name, module) for name, module in self._modules.items() if module is not None]
+            self._planned = elements, tuple(operator for operators in planned for operator in operators)
+            if len(self._modes) != len(self._planned[1]):
+                self._modes = (Mode.SAVE,) * len(self._planned[1])
+        return self._planned[1]
+
+    @property
+    def num_operators(self) -> int:
+        return len(self.operators)
+
+    @property
+    def operator_names(self) -> tuple[str, ...]:
+        return tuple(operator.name for operator in self.operators)
+
+    def options(self) -> tuple[tuple[Mode, ...], ...]:
+        """Per operator, the modes it can take."""
+        return tuple(operator.modes for operator in self.operators)
+
+    @property
+    def schedule(self) -> tuple[Mode, ...]:
+        """The mode of each operator, from the next forward on."""
+        return self._modes
+
+    def set_schedule(self, modes: Sequence[Mode | str]) -> None:
+        """Give each operator its mode, from the next forward on. A forward already run keeps its own.
+
+        Raises UsageError where the number of modes or a mode does not fit the chain.
+        """
+        if len(modes) != self.num_operators:
+            raise UsageError(
+                f"a schedule of {len(modes)} modes does not fit a chain of {self.num_operators} operators: "
+                "solve a profile of this model"
+            )
+        chosen = tuple(Mode(mode) for mode in modes)
+        for operator, mode in zip(self.operators, chosen, strict=True):
+            if mode not in operator.modes:
+                raise UsageError(
+                    f"operator {operator.name} cannot take mode {mode}: it offers {', '.join(operator.modes)}"
+                )
+        self._modes = chosen
+
+    def demote(self, num_bytes: int) -> int:
+        """Release cached activations of the running step, to be rebuilt when the backward needs them.
+
+        Drops what operators with SAVE hold, where their backward has not begun, until at least
+        `num_bytes` are free or nothing is left; returns the bytes released. Allocates nothing, so a
+        failing allocation may call it.
+        """
+        return self._live.demote(num_bytes)
+
+    def observe(self, callback: Callable[[Event], None] | None) -> None:
+        """Call back at the start of each operator's forward and backward, from the next forward on.
+
+        An operator's backward lasts until the next event: autograd runs later operators first. An
+        operator whose output needs no gradient has no backward.
+        """
+        self._observer = callback
+
+    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        streams = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        if torch.is_grad_enabled() and not is_inside_operator():
+            outputs = self._run(streams)
+        else:
+            outputs = self._run_plainly(streams)
+        return outputs[0] if len(outputs) == 1 else (outputs[0], outputs[1])
+
+    def _run_plainly(self, inputs: Streams) -> Streams:
+        streams = inputs
+        for operator in self.operators:
+            streams = operator.forward(converted(streams, operator.num_streams, self.split_dim))
+        return converted(streams, len(inputs), self.split_dim)
+
+    def _run(self, inputs: Streams) -> Streams:
+        self._live.prune()
+        streams, record, ambience = inputs, None, Ambience(inputs[0].device)
+        for number, operator in enumerate(self.operators):
+            streams = converted(streams, operator.num_streams, self.split_dim)
+            record = self._start(number, streams, ambience, before=record)
+            outputs = self._run_operator(record, streams)
+            ambience = ambience.now()
+            record.end_forward(outputs, ambience)
+            if self._observer is not None:
+                self._watch_backward(number, inputs=streams, outputs=outputs)
+            streams = outputs
+        assert record is not None
+        streams = converted(streams, len(inputs), self.split_dim)
+        record.close(Exit(streams))
+        return streams
+
+    def _start(self, number: int, inputs: Streams, ambience: Ambience, *, before: Record | None) -> Record:
+        record = Record(
+            self.operators[number],
+            self._modes[number],
+            inputs,
+            ambience,
+            before=before,
+            split_dim=self.split_dim,
+            shortage=self._live.demote,
+        )
+        if before is not None:
+            before.close(record)
+        self._live.add(record)
+        if self._observer is not None:
+            self._observer(Event("forward", number))
+        return record
+
+    @staticmethod
+    def _run_operator(record: Record, inputs: Streams) -> Streams:
+        with inside_operator(), saved_tensors_hooks(record.pack, unpack):
+            return record.operator.forward(inputs)
+
+    def _watch_backward(self, number: int, *, inputs: Streams, outputs: Streams) -> None:
+        def emit(_: object) -> None:
+            if self._observer is not None and self._last_event != event:
+                self._last_event = event
+                self._observer(event)
+
+        event = Event("backward", number)
+        self._last_event = Event("forward", number)
+        for stream in outputs:
+            if stream.grad_fn is not None and all(stream is not other for other in inputs):
+                stream.grad_fn.register_prehook(emit)
+
+
+def find_chain(model: nn.Module) -> ReversibleChain:
+    """The one chain that a model contains; chains inside its operators are parts of those.
+
+    Raises UsageError where there is none, or several beside each other.
+    """
+    chains = list(_outermost(model))
+    if len(chains) != 1:
+        found = "no ReversibleChain" if not chains else f"{len(chains)} chains beside each other"
+        raise UsageError(f"{type(model).__name__} contains {found}: put the layers to be planned into one chain")
+    return chains[0]
+
+
+def apply(model: nn.Module, schedule: Schedule | Sequence[Mode | str]) -> None:
+    """Switch the modes of the model's chain in place, from its next forward on."""
+    find_chain(model).set_schedule(schedule.modes if isinstance(schedule, Schedule) else schedule)
+
+
+def _outermost(module: nn.Module) -> Iterable[ReversibleChain]:
+    if isinstance(module, ReversibleChain):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child)

@@ -1,0 +1,69 @@
+"""Releasing cached activations in the middle of a step, when memory turns out to be short.
+
+Safe to call from inside a failing allocation: it allocates no tensor and touches no record whose
+backward has begun.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from revdist.reversible.record import Record
+
+
+class LiveRecords:
+    """The records of a chain that some backward may still need."""
+
+    def __init__(self) -> None:
+        self._references: list[weakref.ref[Record]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LiveRecords, ()  # a copied or pickled chain starts without any
+
+    def add(self, record: Record) -> None:
+        self._references.append(weakref.ref(record))
+
+    def prune(self) -> None:
+        """Forget those that are gone."""
+        self._references = [reference for reference in self._references if reference() is not None]
+
+    def demote(self, num_bytes: int) -> int:
+        """Release at least `num_bytes`, or all there is; returns the bytes released.
+
+        Takes the operators that free most first, so that few have to be rebuilt, and among equals
+        those that the backward needs last.
+        """
+        records = [record for record in (reference() for reference in self._references) if record is not None]
+        holders: Counter[int] = Counter()
+        for record in records:
+            holders.update(_sizes(record.tensors()).keys())
+            holders.update(_sizes(record.outside()).keys())
+        candidates = [record for record in records if record.can_be_demoted()]
+        candidates.sort(key=lambda record: -_alone(_sizes(record.tensors()), holders, 1))
+        released = 0
+        for record in candidates:
+            if released >= num_bytes:
+                break
+            before = _sizes(record.tensors())
+            record.demote()
+            for storage in _sizes(record.tensors()):
+                del before[storage]
+            holders.subtract(before.keys())
+            released += _alone(before, holders, 0)
+        return released
+
+
+def _sizes(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of each storage behind the tensors, by address."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _alone(sizes: dict[int, int], holders: Counter[int], num_holders: int) -> int:
+    """Bytes of those storages that have `num_holders` holders."""
+    return sum(size for storage, size in sizes.items() if holders[storage] == num_holders)

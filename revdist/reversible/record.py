@@ -1,0 +1,314 @@
+"""What one operator's forward leaves for its backward: handles in place of saved tensors.
+
+Ordinary autograd runs. `saved_tensors_hooks` hands every tensor that the forward saves to
+`Record.pack`, which returns a `Handle`; the backward asks the handle, and where its tensor is gone
+the record runs the operator once more and fills all of its handles.
+
+Who keeps what alive is what makes memory fall during the backward as it does in plain autograd:
+autograd owns handles, a handle owns its record, a record knows its handles only weakly. A record
+owns the one after it until it has got its outputs, since those may have to be rebuilt from the exit.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
+
+from revdist.errors import BoundaryModified, ReplayDiverged, ReversibleError
+from revdist.planning.costs import Mode
+from revdist.reversible.conditions import Ambience, Conditions
+from revdist.reversible.operator import Operator, Streams
+from revdist.reversible.replay import Replay, is_owned
+
+
+class Boundary:
+    """The streams between two operators, with their versions when they were noted."""
+
+    __slots__ = ("_name", "_streams", "_versions")
+
+    def __init__(self, name: str, streams: Streams) -> None:
+        self._name = name
+        self._streams = tuple(stream.detach() for stream in streams)
+        self._versions = [stream._version for stream in streams]
+
+    def read(self) -> Streams:
+        """The streams. Raises BoundaryModified where one was edited in place since."""
+        if any(s._version != version for s, version in zip(self._streams, self._versions, strict=True)):
+            raise BoundaryModified(
+                f"{self._name} was edited in place, but the backward rebuilds activations from it: "
+                "edit a clone instead, or set inplace=False"
+            )
+        return self._streams
+
+    @property
+    def tensors(self) -> Streams:
+        """The streams, unchecked."""
+        return self._streams
+
+
+class Handle:
+    """Stands for one tensor that a forward saved."""
+
+    __slots__ = ("__weakref__", "dtype", "record", "shape", "tensor", "version")
+
+    def __init__(self, record: Record, tensor: Tensor, *, keep: bool) -> None:
+        self.record = record
+        self.shape = tensor.shape
+        self.dtype = tensor.dtype
+        self.version = tensor._version
+        # Detached, for the tensor itself may own the node that owns this handle.
+        self.tensor: Tensor | None = tensor.detach() if keep else None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class Owned:
+    """Stands for a parameter or buffer, which stays in any case."""
+
+    __slots__ = ("record", "tensor", "version")
+
+    def __init__(self, record: Record, tensor: Tensor) -> None:
+        self.record = record
+        self.tensor = tensor.detach()
+        self.version = tensor._version
+
+
+class Exit:
+    """The end of a chain: what comes after the last operator."""
+
+    def __init__(self, outputs: Streams) -> None:
+        self.boundary = Boundary("the output of the chain", outputs)
+
+    def available(self) -> Streams:
+        """The output of the chain, which always is."""
+        return self.boundary.read()
+
+
+class Record:
+    """One forward of one operator, and how its backward gets what it needs."""
+
+    __slots__ = (
+        "__weakref__", "_after", "_before", "_buffer_ids", "_conditions", "_first_size", "_handles", "_inputs",
+        "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "mode", "operator",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        operator: Operator,
+        mode: Mode,
+        inputs: Streams,
+        ambience: Ambience,
+        *,
+        before: Record | None,
+        split_dim: int,
+        shortage: Callable[[int], int],
+    ) -> None:
+        self.operator = operator
+        self.mode = mode
+        self.boundary: Boundary | None = Boundary(f"the input of operator {operator.name}", inputs)
+        """The operator's inputs, held in every mode but INVERT so that the operator before can be inverted."""
+        self.begun = False
+        """Whether the backward has asked for a tensor."""
+        self.complete = False
+        """Whether the forward has ended and what comes after it is known."""
+        self._inputs = tuple((stream.requires_grad, stream.dtype) for stream in inputs)
+        self._conditions = Conditions(operator.name, operator.module, ambience, operator.mutable_buffers)
+        self._buffer_ids = self._conditions.buffer_ids()
+        self._handles: list[weakref.ref[Handle]] = []
+        self._rebuilt: Streams | None = None
+        self._before = weakref.ref(before) if before is not None else None
+        self._after: Record | Exit | weakref.ref[Record] | None = None
+        self._split_dim = split_dim
+        self._first_size = 0
+        self._shortage = shortage
+
+    def pack(self, tensor: Tensor) -> Handle | Owned:
+        """Called by autograd with each tensor that the forward saves."""
+        if is_owned(tensor, self._buffer_ids):
+            return Owned(self, tensor)
+        handle = Handle(self, tensor, keep=self.mode is Mode.SAVE)
+        self._handles.append(weakref.ref(handle))
+        return handle
+
+    def end_forward(self, outputs: Streams, ambience: Ambience) -> None:
+        """Note what the forward left. Raises BoundaryModified where it edited its input in place."""
+        assert self.boundary is not None
+        self.boundary.read()
+        self._first_size = outputs[0].shape[self._split_dim] if len(outputs) == 2 else 0
+        self._conditions.close(ambience, self.operator.mutable_buffers)
+
+    def close(self, after: Record | Exit) -> None:
+        """Say where the outputs are found: the next operator starts, or the chain ends."""
+        self._after = after
+        self.complete = True
+        if self.mode is Mode.INVERT:
+            self.boundary = None
+
+    def begin(self) -> None:
+        """The backward asks for its first tensor: from now on this record cannot be demoted."""
+        self.begun = True
+        if self.mode is not Mode.INVERT:
+            self._after = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What the record keeps in memory."""
+        yield from (handle.tensor for handle in self.handles() if handle.tensor is not None)
+        if self.boundary is not None:
+            yield from self.boundary.tensors
+
+    def outside(self) -> Iterator[Tensor]:
+        """What the caller of the chain is expected to keep in memory too: its input and its output."""
+        if self._before is None and self.boundary is not None:
+            yield from self.boundary.tensors
+        if isinstance(self._after, Exit):
+            yield from self._after.boundary.tensors
+
+    def handles(self) -> Iterator[Handle]:
+        """The handles that autograd still holds."""
+        return (handle for handle in (reference() for reference in self._handles) if handle is not None)
+
+    def available(self) -> Streams | None:
+        """The operator's inputs where they are held or have just been rebuilt."""
+        return self._rebuilt if self.boundary is None else self.boundary.read()
+
+    def rebuild(self) -> None:
+        """Fill the handles by running the operator once more; where memory is short, demote others and try again."""
+        try:
+            self._rebuild()
+        except torch.OutOfMemoryError:
+            if not self._shortage(sum(handle.num_bytes for handle in self.handles())):
+                raise
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        replay = Replay(self._conditions, self._inputs, len(self._handles))
+        if self.boundary is not None:
+            with self._conditions.restored():
+                self.operator.rerun(self.boundary.read(), replay)
+            self._fill(replay.captured)
+            return
+        outputs = self._outputs()
+        with self._conditions.restored():
+            inputs = self.operator.rebuild(outputs, replay)
+        self._fill(replay.captured)
+        self._release_after()
+        before = self._before() if self._before is not None else None
+        if before is not None and before.boundary is None:
+            self._rebuilt = self._typed(inputs)
+
+    def _fill(self, captured: list[tuple[Tensor, int]]) -> None:
+        if len(captured) != len(self._handles):
+            raise ReplayDiverged(
+                f"operator {self.operator.name} saved {len(self._handles)} tensors in its forward and {len(captured)} "
+                "when run again: it must do the same each time, so keep state and chance outside torch's out of it"
+            )
+        for reference, (tensor, version) in zip(self._handles, captured, strict=True):
+            handle = reference()
+            if handle is None:
+                continue
+            if handle.shape != tensor.shape or handle.dtype != tensor.dtype:
+                raise ReplayDiverged(
+                    f"operator {self.operator.name} saved {handle.dtype} of shape {tuple(handle.shape)} in its forward "
+                    f"and {tensor.dtype}, {tuple(tensor.shape)} when run again: it must do the same each time"
+                )
+            handle.tensor, handle.version = tensor, version
+
+    def _outputs(self) -> Streams:
+        """The operator's outputs, inverted from the nearest boundary that is there."""
+        pending: list[Record] = []
+        source = self._source()
+        while (streams := source.available()) is None:
+            assert isinstance(source, Record)
+            pending.append(source)
+            source = source._source()
+        for record in reversed(pending):
+            streams = record._invert(streams)
+        return self._converted(streams)
+
+    def _source(self) -> Record | Exit:
+        after = self._after() if isinstance(self._after, weakref.ref) else self._after
+        if after is None:
+            raise ReversibleError(
+                f"the output of operator {self.operator.name} cannot be rebuilt, for its graph has been freed: "
+                "pass retain_graph=True to the first backward"
+            )
+        return after
+
+    def _invert(self, outputs: Streams) -> Streams:
+        replay = Replay(self._conditions, self._inputs, 0)
+        with self._conditions.restored(), replay.inverting():
+            return self._typed(self.operator.inverse(self._converted(outputs)))
+
+    def _converted(self, streams: Streams) -> Streams:
+        """The next operator's inputs as this operator's outputs: joined or halved where they differ."""
+        return converted(streams, len(self._inputs), self._split_dim, first_size=self._first_size)
+
+    def _typed(self, inputs: Streams) -> Streams:
+        return tuple(s.detach().to(dtype) for s, (_, dtype) in zip(inputs, self._inputs, strict=True))
+
+    def _release_after(self) -> None:
+        """Let the record after this go with its graph; a kept graph keeps it for another backward."""
+        after = self._after
+        if isinstance(after, Record):
+            after._rebuilt = None
+            if after._handles:  # one without handles is kept by nothing but this
+                self._after = weakref.ref(after)
+        elif isinstance(after, weakref.ref) and (record := after()) is not None:
+            record._rebuilt = None
+
+    def can_be_demoted(self) -> bool:
+        """Whether this record keeps tensors that could be rebuilt later in this backward."""
+        return self.mode is Mode.SAVE and self.complete and not self.begun and len(self.operator.modes) > 1
+
+    def demote(self) -> None:
+        """Drop what the record keeps, to be rebuilt by inverting or by running again from its inputs."""
+        if Mode.INVERT in self.operator.modes and self._outputs_will_be_there():
+            self.mode = Mode.INVERT
+            self.boundary = None
+        else:
+            self.mode = Mode.RECOMPUTE
+        for handle in self.handles():
+            handle.tensor = None
+
+    def _outputs_will_be_there(self) -> bool:
+        after = self._after
+        return isinstance(after, Exit) or (
+            isinstance(after, Record) and not (after.begun and after.available() is None)
+        )
+
+
+def converted(streams: Streams, num_streams: int, dim: int, *, first_size: int = 0) -> Streams:
+    """The streams as one tensor or as a pair, joined or split along `dim`; by default in equal halves."""
+    if len(streams) == num_streams:
+        return streams
+    if num_streams == 1:
+        return (torch.cat(streams, dim=dim),)
+    size = streams[0].shape[dim]
+    first_size = first_size or size - size // 2
+    return streams[0].split([first_size, size - first_size], dim=dim)
+
+
+def unpack(handle: Handle | Owned) -> Tensor:
+    """Called by autograd when the backward needs a saved tensor."""
+    record = handle.record
+    if not record.begun:
+        record.begin()
+    tensor = handle.tensor
+    if tensor is None:
+        record.rebuild()
+        tensor = handle.tensor
+        assert tensor is not None
+    if tensor._version != handle.version:
+        raise BoundaryModified(
+            f"a tensor that the backward of operator {record.operator.name} needs was edited in place after it was "
+            f"saved: version {tensor._version}, saved at {handle.version}; edit a clone instead, or set inplace=False"
+        )
+    if isinstance(handle, Handle) and record.mode is not Mode.SAVE and _graph_is_kept():
+        handle.tensor = None  # the graph stays, its activations need not
+    return tensor
