@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from revdist.planning.costs import Mode
 from revdist.reporting.palette import FAINT, INK, MODE_COLORS, MODE_WORDS, MUTED
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "#cbd2d9",
     "axes.grid": True,

@@ -52,7 +52,9 @@ class LiveView(Observer):
     def on_start(self, run_dir: Path, devices: Sequence[Reading]) -> None:
         self._state.start(run_dir, devices)
         count = f"{len(devices)} device" + ("s" if len(devices) != 1 else "")
-        self._screen.line(Text.assemble((self._state.name, "bold"), f" on {count}, written to {run_dir}"))
+        self._console.print(
+            Text.assemble((self._state.name, "bold"), f" on {count}, written to {run_dir}"), soft_wrap=True
+        )
         self._screen.open(self._state)
         self._is_open = True
 
@@ -85,12 +87,12 @@ class LiveView(Observer):
         self._close()
         self._console.print(summary_panel(summary, self._state))
 
-    def _tell(self, rank: int | None, sentence: str, style: str, device: str = "") -> None:
-        name = self._state.ranks[rank].device if rank in self._state.ranks else device
-        line = Text(f"step {self._state.step:>5}  ", style="dim")
-        line.append(f"{name}  " if name else "", style="bold")
-        line.append(sentence, style=style)
-        self._screen.line(line)
+    def _tell(self, rank: int | None, sentence: str, style: str, *, device: str = "") -> None:
+        head = Text(f"step {self._state.step:>5}", style="dim")
+        name = self._state.name_of(rank, device)
+        if name:
+            head.append(f"  {name}", style="not dim bold")
+        self._screen.line(head, Text(sentence, style=style))
 
     def _close(self) -> None:
         if self._is_open:

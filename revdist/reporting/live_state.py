@@ -19,6 +19,7 @@ class RankState:
     """One line of the live table; None: not known yet."""
 
     rank: int
+    uuid: str
     device: str
     """Name of the device; with its host where the run spans several."""
     free_bytes: int | None = None
@@ -49,11 +50,18 @@ class RunState:
         several_hosts = len({reading.host for reading in devices}) > 1
         for rank, reading in enumerate(devices):
             name = f"{reading.name}@{reading.host}" if several_hosts else reading.name
-            self.ranks[rank] = RankState(rank, name, free_bytes=reading.free_bytes)
+            self.ranks[rank] = RankState(rank, reading.uuid, name, free_bytes=reading.free_bytes)
 
     def rank(self, rank: int, device: str) -> RankState:
         """The state of a rank; a newcomer is entered under the first part of its UUID."""
-        return self.ranks.setdefault(rank, RankState(rank, device[:12]))
+        return self.ranks.setdefault(rank, RankState(rank, device, device[:12]))
+
+    def name_of(self, rank: int | None, uuid: str = "") -> str:
+        """The name of a device, known by its rank or its UUID; empty: what happened concerns no single device."""
+        for state in self.ranks.values():
+            if state.rank == rank or state.uuid == uuid:
+                return state.device
+        return uuid
 
     def adopt(self, plan: Plan, free_bytes: int | None) -> Plan | None:
         """Enter a plan and return the one it replaces."""

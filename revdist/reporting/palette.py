@@ -14,6 +14,14 @@ MODE_COLORS: dict[str, str] = {
     Mode.OFFLOAD: "#cc79a7",
 }
 
+TERMINAL_STYLES: dict[str, str] = {
+    Mode.SAVE: "bold white on blue",
+    Mode.INVERT: "bold black on yellow",
+    Mode.RECOMPUTE: "bold black on green",
+    Mode.OFFLOAD: "bold black on magenta",
+}
+"""The nearest of the sixteen colours every terminal has: nearest-colour rules would merge two of ours."""
+
 MODE_WORDS: dict[str, str] = {
     Mode.SAVE: "keep",
     Mode.INVERT: "rebuild",

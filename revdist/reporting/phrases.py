@@ -40,6 +40,8 @@ def time_unit(values: Iterable[float]) -> tuple[str, float]:
 
 def seconds(value: float) -> str:
     """A duration: `840 us`, `12.3 ms`, `4.20 s`, `3:05 min`, `2:07:30 h`."""
+    if value == 0:
+        return "0 s"
     if value < 0.0009995:
         return f"{value * 1e6:.0f} us"
     if value < 0.9995:

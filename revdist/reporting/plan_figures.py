@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from revdist.planning.replay import replay
 from revdist.reporting.figure import house_style, mode_handles, new_figure, operators_axis
 from revdist.reporting.palette import FAINT, INK, MODE_COLORS, MUTED, RANK_COLORS
 from revdist.reporting.phrases import byte_unit, letters_used, rate, time_unit
-from revdist.reporting.plan_study import Choice, Study
+from revdist.reporting.plan_study import Choice, Study, focus, letter
 
 ACCENT = RANK_COLORS[0]
 
@@ -38,13 +39,6 @@ def plan_figure(found: Study, *, measured_bytes: Sequence[int] = (), title: str 
         if title:
             figure.suptitle(title, x=0.012, ha="left", fontsize=12.5, fontweight="bold")
     return figure
-
-
-def focus(found: Study) -> Choice:
-    """The choice a timeline is drawn for: the budget asked about, else the middle one."""
-    if found.focus_bytes is not None:
-        return found.choices[-1]
-    return found.choices[len(found.choices) // 2]
 
 
 def frontier(axes: Axes, found: Study) -> None:
@@ -74,11 +68,21 @@ def frontier(axes: Axes, found: Study) -> None:
     axes.set_xlabel(f"activation budget ({unit})")
     axes.set_ylabel(f"extra time ({time_name})")
     if found.profile.base_s > 0:
-        percent = axes.secondary_yaxis(
-            "right", functions=(lambda v: v * scale / found.profile.base_s, lambda v: v * found.profile.base_s / scale)
-        )
-        percent.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"+{value:.0%}"))
-        percent.spines["right"].set_visible(False)
+        _percent_axis(axes, scale / found.profile.base_s)
+
+
+def _percent_axis(axes: Axes, share_per_unit: float) -> None:
+    """The same extra time on the right, as a share of the fastest step."""
+
+    def to_share(value: Any) -> Any:
+        return value * share_per_unit
+
+    def to_time(share: Any) -> Any:
+        return share / share_per_unit
+
+    percent = axes.secondary_yaxis("right", functions=(to_share, to_time))
+    percent.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"+{value:.0%}"))
+    percent.spines["right"].set_visible(False)
 
 
 def _extremes(axes: Axes, found: Study, size: float, scale: float) -> None:
@@ -87,11 +91,6 @@ def _extremes(axes: Axes, found: Study, size: float, scale: float) -> None:
         point = (schedule.need_bytes / size, schedule.extra_s / scale)
         axes.plot(*point, "D", color=INK, markersize=5, zorder=4, clip_on=False)
         axes.annotate(name, point, (9, 4), textcoords="offset points", fontsize=8.5, annotation_clip=False)
-
-
-def letter(index: int) -> str:
-    """The name of a chosen budget: a, b, c, ..."""
-    return chr(ord("a") + index)
 
 
 def strips(axes: Axes, choices: Sequence[Choice], *, names: Sequence[str] = ()) -> None:

@@ -84,6 +84,18 @@ def study(
     )
 
 
+def focus(found: Study) -> Choice:
+    """The choice a timeline is drawn for: the budget asked about, else the middle one."""
+    if found.focus_bytes is not None:
+        return found.choices[-1]
+    return found.choices[len(found.choices) // 2]
+
+
+def letter(index: int) -> str:
+    """The name of a chosen budget: a, b, c, ..."""
+    return chr(ord("a") + index)
+
+
 def telling_budgets(frontier: Frontier, count: int = 5) -> list[int]:
     """Budgets in equal steps from the smallest possible one to the largest that still buys time."""
     low, high = frontier.minimum_bytes, frontier.maximum_bytes

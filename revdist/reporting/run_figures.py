@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.transforms import blended_transform_factory
 
 from revdist.planning.costs import Mode
@@ -44,10 +47,11 @@ def memory_figure(history: RunHistory) -> Figure:
     with house_style():
         figure, panels = new_figure([height for _ in ranks for height in (1.9, 0.85)], share_x=True)
         for index, rank in enumerate(ranks):
-            _memory(panels[2 * index], history, rank, with_legend=index == 0)
+            _memory(panels[2 * index], history, rank)
             _ribbon(panels[2 * index + 1], history, rank)
         panels[-1].set_xlabel("seconds since the start")
         strips = [str(plan.get("strip", "")) for plan in history.plans]
+        figure.legend(handles=_memory_handles(), loc="outside lower left", ncols=4)
         figure.legend(handles=mode_handles(letters_used(strips)), loc="outside lower right", ncols=4)
     return figure
 
@@ -91,7 +95,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     return np.array([np.nanmedian(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-def _memory(axes: Axes, history: RunHistory, rank: int, *, with_legend: bool) -> None:
+def _memory(axes: Axes, history: RunHistory, rank: int) -> None:
     steps = _thin(history.steps_of(rank))
     times = np.array([line["time"] - history.start_s for line, _ in steps])
     series = {
@@ -103,17 +107,25 @@ def _memory(axes: Axes, history: RunHistory, rank: int, *, with_legend: bool) ->
     series["predicted_peak_bytes"] -= fixed
     unit, size = byte_unit(float(np.nanmax(values)) for values in series.values() if np.isfinite(values).any())
     color = rank_color(rank)
-    axes.fill_between(times, series["free_bytes"] / size, color=FAINT, step="post", linewidth=0, label="free")
-    axes.step(times, series["budget_bytes"] / size, where="post", color=INK, linewidth=1.4, label="budget")
+    axes.fill_between(times, series["free_bytes"] / size, color=FAINT, step="post", linewidth=0)
+    axes.step(times, series["budget_bytes"] / size, where="post", color=INK, linewidth=1.4)
     predicted, measured = series["predicted_peak_bytes"] / size, series["peak_bytes"] / size
-    axes.plot(times, predicted, color=color, linestyle=(0, (4, 2)), linewidth=1.3, label="peak, predicted")
-    axes.plot(times, measured, color=color, label="peak, measured")
+    axes.plot(times, predicted, color=color, linestyle=(0, (4, 2)), linewidth=1.3)
+    axes.plot(times, measured, color=color)
     _mark_replans(axes, history, rank)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(unit)
     axes.set_title(f"Rank {rank}, {_device_name(history, rank)}: memory for activations")
-    if with_legend:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.1)
+
+
+def _memory_handles() -> list[Artist]:
+    """One legend for all panels; peaks are drawn in each rank's colour."""
+    return [
+        Patch(color=FAINT, label="free"),
+        Line2D([], [], color=INK, linewidth=1.4, label="budget"),
+        Line2D([], [], color=MUTED, linestyle=(0, (4, 2)), linewidth=1.3, label="peak, predicted"),
+        Line2D([], [], color=MUTED, label="peak, measured"),
+    ]
 
 
 def fixed_bytes(plans: Sequence[Line], steps: Sequence[int]) -> np.ndarray:
@@ -157,16 +169,13 @@ def _ribbon(axes: Axes, history: RunHistory, rank: int) -> None:
 def _mark_replans(axes: Axes, history: RunHistory, rank: int | None = None) -> None:
     """A line at every change of plan, of one rank with its reason, or of all of them without."""
     place = blended_transform_factory(axes.transData, axes.transAxes)
-    seen: set[int] = set()
-    for plan in history.plans if rank is None else history.plans_of(rank):
-        first, _ = plan["rank"] not in seen, seen.add(plan["rank"])
-        if first:
-            continue
-        at = plan["time"] - history.start_s
-        axes.axvline(at, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-        if rank is not None:
-            reason = REASONS.get(str(plan.get("reason")), str(plan.get("reason")))
-            axes.text(at, 0.97, f" {reason}", transform=place, va="top", fontsize=7.5, color=MUTED)
+    for changed in history.ranks if rank is None else (rank,):
+        for plan in history.plans_of(changed)[1:]:
+            at = plan["time"] - history.start_s
+            axes.axvline(at, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+            if rank is not None:
+                reason = REASONS.get(str(plan["reason"]), str(plan["reason"]))
+                axes.text(at, 0.97, f" {reason}", transform=place, va="top", fontsize=7.5, color=MUTED)
 
 
 def _device_name(history: RunHistory, rank: int) -> str:

@@ -9,6 +9,7 @@ from typing import final
 
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
 from revdist.errors import format_bytes
@@ -30,8 +31,8 @@ class Screen(ABC):
     def open(self, state: RunState) -> None: ...
 
     @abstractmethod
-    def line(self, text: Text) -> None:
-        """Print something that stays."""
+    def line(self, head: Text, sentence: Text) -> None:
+        """Print something that stays: when and where, then what happened."""
 
     @abstractmethod
     def refresh(self, state: RunState, *, now: bool = False) -> None:
@@ -54,8 +55,11 @@ class LiveScreen(Screen):
         self._live.start()
         self.refresh(state, now=True)
 
-    def line(self, text: Text) -> None:
-        self._live.console.print(text)
+    def line(self, head: Text, sentence: Text) -> None:
+        grid = Table.grid(padding=(0, 2))  # a long sentence wraps under its own beginning
+        grid.add_column(no_wrap=True)
+        grid.add_row(head, sentence)
+        self._live.console.print(grid)
 
     def refresh(self, state: RunState, *, now: bool = False) -> None:
         if now or self._clock() - self._drawn_at >= REDRAW_S:
@@ -78,8 +82,8 @@ class PlainScreen(Screen):
     def open(self, state: RunState) -> None:
         pass
 
-    def line(self, text: Text) -> None:
-        self._console.print(text, soft_wrap=True)
+    def line(self, head: Text, sentence: Text) -> None:
+        self._console.print(Text("  ").join([head, sentence]), soft_wrap=True)
 
     def refresh(self, state: RunState, *, now: bool = False) -> None:
         if not state.step or self._clock() - self._printed_at < LINE_S:

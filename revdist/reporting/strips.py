@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.text import Text
 
 from revdist.planning.costs import Mode
-from revdist.reporting.palette import MODE_COLORS, MODE_OF_LETTER, MODE_WORDS
+from revdist.reporting.palette import MODE_OF_LETTER, MODE_WORDS, TERMINAL_STYLES
 
 MIN_WIDTH = 8
 
@@ -30,7 +30,7 @@ def paint(strip: str) -> Text:
     text = Text(no_wrap=True)
     for letter in strip:
         mode = MODE_OF_LETTER.get(letter)
-        text.append(letter, style=f"bold #000000 on {MODE_COLORS[mode]}" if mode else "")
+        text.append(letter, style=TERMINAL_STYLES[mode] if mode else "")
     return text
 
 

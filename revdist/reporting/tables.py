@@ -15,7 +15,7 @@ from revdist.devices.reading import Reading
 from revdist.errors import format_bytes
 
 MAX_HOLDERS = 4
-"""Processes named per device."""
+"""Processes named per device, one a line."""
 
 
 def devices_table(readings: Sequence[Reading], *, with_bar: bool = True) -> RenderableType:
@@ -65,7 +65,7 @@ def _holders(reading: Reading) -> str:
     named = reading.holders[:MAX_HOLDERS]
     parts = [f"{holder.name} ({holder.pid}) {_size(holder.used_bytes)}" for holder in named]
     hidden = len(reading.holders) - len(named)
-    return ", ".join(parts + ([f"and {hidden} more"] if hidden else [])) or "-"
+    return "\n".join(parts + ([f"and {hidden} more"] if hidden else [])) or "-"
 
 
 def _size(used_bytes: int | None) -> str:

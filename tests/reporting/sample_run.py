@@ -72,12 +72,12 @@ def write_run(run_dir: Path, *, steps: int = 240, finished: bool = True) -> Path
             }
         )
     events = [
-        {"time": START, "step": 0, "kind": "start", "detail": "2 replicas"},
-        {"time": START + 0.1 * squeeze, "step": squeeze, "kind": "co-tenant", "device": "CPU-0001", "detail": "takes 90.0 MiB"},
-        {"time": START + 0.1 * squeeze, "step": squeeze, "kind": "replan", "rank": 1, "detail": "memory-lost"},
-        {"time": START + 0.1 * relax, "step": relax, "kind": "co-tenant", "device": "CPU-0001", "detail": "gives it back"},
-        {"time": START + 0.1 * steps, "step": steps, "kind": "end", "detail": "<script>alert(1)</script>"},
-    ]  # fmt: skip
+        event(0, "start", detail="2 replicas"),
+        event(squeeze, "co-tenant", device="CPU-0001", detail="takes 90.0 MiB"),
+        event(squeeze, "replan", rank=1, detail="memory-lost"),
+        event(relax, "co-tenant", device="CPU-0001", detail="gives it back"),
+        event(steps, "end", detail="<script>alert(1)</script>"),
+    ]
     (run_dir / "config.yaml").write_text(CONFIG)
     _write(run_dir / "plans.jsonl", plans)
     _write(run_dir / "metrics.jsonl", metrics, cut=not finished)
@@ -85,6 +85,10 @@ def write_run(run_dir: Path, *, steps: int = 240, finished: bool = True) -> Path
     if finished:
         (run_dir / "summary.json").write_text(json.dumps(summary(plans, steps)))
     return run_dir
+
+
+def event(step: int, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"time": START + 0.1 * step, "step": step, "kind": kind, **fields}
 
 
 def summary(plans: list[dict[str, Any]], steps: int) -> dict[str, Any]:

@@ -1,0 +1,195 @@
+"""The command `revdist`.
+
+Each command imports what it needs when it runs, so that `revdist --help` answers at once. Errors
+leave here as five lines at most, on stderr, with the exit code that says whose turn it is:
+0 done, 1 the run failed, 2 wrong usage or configuration, 130 interrupted, 143 preempted after saving.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from revdist.errors import RevdistError, UsageError
+
+if TYPE_CHECKING:
+    from revdist.config import RunConfig
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+app = typer.Typer(
+    help="Train reversible networks on unequal devices, each with the fastest schedule its own free memory allows.",
+    epilog="Start with: revdist launch configs/digits-revnet-2cpu.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run; configs/ has some.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Values that go before the file's: global_batch=64 devices.0.capacity=1GiB"
+    ),
+]
+Address = Annotated[
+    str | None, typer.Option(metavar="auto|HOST:PORT", help="A running Ray cluster; none: one of its own.")
+]
+ShowTraceback = Annotated[
+    bool, typer.Option(help="Show where in the code an error came from.", envvar="REVDIST_TRACEBACK")
+]
+
+
+def reported(command: Callable[P, T]) -> Callable[P, T]:
+    """Turn what a command raises into lines for a person and an exit code for a script."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            errors.print("interrupted", style="yellow")
+            raise typer.Exit(130) from None
+        except RevdistError as error:
+            _show_failure(error)
+            raise typer.Exit(error.exit_code) from error
+        except (typer.Exit, typer.BadParameter, BrokenPipeError):
+            raise
+        except Exception as error:
+            _show_failure(error)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def _show_failure(error: Exception) -> None:
+    from revdist.reporting.failure import failure_text
+
+    if _traceback_wanted():
+        errors.print_exception()
+    errors.print(failure_text(error), soft_wrap=True)
+
+
+def _traceback_wanted() -> bool:
+    return os.environ.get("REVDIST_TRACEBACK", "") not in ("", "0")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.print(f"revdist {version('revdist')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def revdist(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    traceback: ShowTraceback = False,
+) -> None:
+    if traceback:
+        os.environ["REVDIST_TRACEBACK"] = "1"
+
+
+@app.command()
+@reported
+def launch(
+    config: Config,
+    overrides: Overrides = None,
+    address: Address = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write; none: runs/<name>-<time> in this folder.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --run-dir.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show configuration, devices and plan; train nothing.")
+    ] = False,
+    nnodes: Annotated[
+        str | None, typer.Option("--nnodes", metavar="N|MIN:MAX", help="As torchrun has it: sets workers.min and .max.")
+    ] = None,
+    nproc_per_node: Annotated[
+        int | None, typer.Option("--nproc-per-node", "--nproc_per_node", metavar="N", min=1, help="As torchrun has it.")
+    ] = None,
+) -> None:
+    """Train: one replica per device, replanned live when a device's free memory changes."""
+    if resume and run_dir is None:
+        raise UsageError("--resume needs --run-dir; name the run directory that holds the checkpoint")
+    settings = _read_config(config, [*_workers(nnodes, nproc_per_node), *(overrides or [])])
+    from revdist.cluster.trainer import Trainer
+
+    if dry_run:
+        from revdist.reporting.dry_run import show_dry_run
+
+        trainer = Trainer(settings, address=address, run_dir=run_dir, resume=resume)
+        show_dry_run(console, settings, trainer.dry_run())
+        return
+    from revdist.reporting.live import LiveView
+
+    with LiveView(console, name=settings.name, total_steps=settings.steps) as view:
+        Trainer(settings, observer=view, address=address, run_dir=run_dir, resume=resume).fit()
+
+
+def _workers(nnodes: str | None, nproc_per_node: int | None) -> list[str]:
+    """torchrun's `--nnodes` and `--nproc-per-node` as overrides: their product is the number of replicas."""
+    if nnodes is None and nproc_per_node is None:
+        return []
+    low, separator, high = (nnodes or "1").partition(":")
+    if not low.isdigit() or int(low) < 1 or (separator and (not high.isdigit() or int(high) < int(low))):
+        raise UsageError(f"--nnodes {nnodes} must be a number, or MIN:MAX with MIN not above MAX")
+    each = nproc_per_node or 1
+    return [f"workers.min={int(low) * each}", f"workers.max={int(high or low) * each}"]
+
+
+def _read_config(path: Path, overrides: list[str]) -> RunConfig:
+    """Read a configuration; factories in the current folder can be named in it, as with `python -m`."""
+    from revdist.config import RunConfig
+
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return RunConfig.from_yaml(path, overrides)
+
+
+@app.command()
+@reported
+def devices(
+    address: Address = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show them again and again, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="Pause between readings.")] = 1.0,
+) -> None:
+    """Show every device, its free memory and who holds the rest."""
+    from revdist.devices import list_devices as read
+    from revdist.reporting.tables import devices_table, watch_devices
+
+    if watch:
+        watch_devices(console, read, every_s=every)
+    else:
+        console.print(devices_table(read()))
+
+
+@app.command()
+@reported
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `revdist launch` wrote.")]) -> None:
+    """Write RUN_DIR/report.html: figures, plans, events and configuration in one file."""
+    from revdist.reporting.html import write_report
+
+    console.print(write_report(run_dir), soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    app(prog_name="revdist")
+
+
+if __name__ == "__main__":
+    main()

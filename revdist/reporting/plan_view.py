@@ -1,0 +1,59 @@
+"""A plan in the terminal: what each budget costs in time, as bars and strips, and what more memory buys."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from revdist.errors import format_bytes
+from revdist.reporting.phrases import letters_used, seconds
+from revdist.reporting.plan_study import Study, best_batch, letter, one_more
+from revdist.reporting.strips import Strip, legend
+
+
+def study_view(found: Study) -> RenderableType:
+    parts: list[RenderableType] = [Text(_headline(found)), Text(), _table(found)]
+    strips = [choice.schedule.strip for choice in found.choices]
+    parts.append(Padding(legend(letters_used(strips)), (0, 0, 1, 1)))
+    parts.append(Text(one_more(found), style="bold"))
+    sentence = best_batch(found)
+    if sentence:
+        parts.append(Text(sentence))
+    return Group(*parts)
+
+
+def _headline(found: Study) -> str:
+    """`14 operators, micro-batch 32: 354 ms at best; 312 schedules on the frontier, exact`."""
+    profile, frontier = found.profile, found.frontier
+    kind = "exact" if frontier.guarantee == 0 else f"within {frontier.guarantee:.1%} of the optimum"
+    device = f" on {profile.device}" if profile.device else ""
+    return (
+        f"{profile.num_operators} operators{device}, micro-batch {profile.micro_batch}: "
+        f"{seconds(profile.base_s)} at best; {len(frontier)} schedules on the frontier, {kind}"
+    )
+
+
+def _table(found: Study) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="dim", expand=True)
+    table.add_column("", style="bold")
+    table.add_column("budget", justify="right", no_wrap=True)
+    table.add_column("extra time", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=6)
+    table.add_column("", width=12)
+    table.add_column("schedule", ratio=1, no_wrap=True)
+    most = max(float(found.frontier.extra_s[0]), 1e-12)
+    base_s = found.profile.base_s
+    for index, choice in enumerate(found.choices):
+        extra_s = choice.schedule.extra_s
+        table.add_row(
+            letter(index),
+            format_bytes(choice.budget_bytes),
+            seconds(extra_s),
+            f"+{extra_s / base_s:.0%}" if base_s else "",
+            ProgressBar(most, extra_s, width=12, complete_style="yellow", finished_style="yellow"),
+            Strip(choice.schedule.strip),
+        )
+    return table
