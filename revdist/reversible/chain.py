@@ -166,7 +166,7 @@ class ReversibleChain(nn.Module):
 
     @staticmethod
     def _run_operator(record: Record, inputs: Streams) -> Streams:
-        with inside_operator(), saved_tensors_hooks(record.pack, unpack):
+        with inside_operator(), record.notes.taking(), saved_tensors_hooks(record.pack, unpack):
             return record.operator.forward(inputs)
 
     def _watch_backward(self, number: int, *, inputs: Streams, outputs: Streams) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.reversible.buffers import MutableBuffers, substitutes
+from revdist.reversible.notes import Notes
 
 
 class Ambience:
@@ -49,7 +50,9 @@ class Ambience:
 class Conditions:
     """What one forward of one operator ran under. Created before the forward, closed after it."""
 
-    __slots__ = ("_ambience", "_drew", "_flags", "_lost", "_modules", "_name", "_parameters", "_snapshots", "_versions")
+    __slots__ = (
+        "_ambience", "_drew", "_flags", "_lost", "_modules", "_name", "_parameters", "_snapshots", "_versions", "notes",
+    )  # fmt: skip
 
     def __init__(self, name: str, module: nn.Module, ambience: Ambience, buffers: MutableBuffers) -> None:
         self._name = name
@@ -61,6 +64,8 @@ class Conditions:
         self._versions = [parameter._version for parameter in self._parameters]
         self._snapshots = buffers.snapshot(self._modules)
         self._lost = ""
+        self.notes = Notes()
+        """What the forward decided once and for all."""
 
     def close(self, ambience: Ambience, buffers: MutableBuffers) -> None:
         """Note what the forward, which has just ended, changed."""

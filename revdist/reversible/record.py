@@ -21,6 +21,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_k
 from revdist.errors import BoundaryModified, ReplayDiverged, ReversibleError
 from revdist.planning.costs import Mode
 from revdist.reversible.conditions import Ambience, Conditions
+from revdist.reversible.notes import Notes
 from revdist.reversible.operator import Operator, Streams
 from revdist.reversible.replay import Replay, is_owned
 
@@ -127,6 +128,11 @@ class Record:
         self._split_dim = split_dim
         self._first_size = 0
         self._shortage = shortage
+
+    @property
+    def notes(self) -> Notes:
+        """What the forward decides once and for all, its replays included."""
+        return self._conditions.notes
 
     def pack(self, tensor: Tensor) -> Handle | Owned:
         """Called by autograd with each tensor that the forward saves."""
@@ -291,7 +297,7 @@ def converted(streams: Streams, num_streams: int, dim: int, *, first_size: int =
         return (torch.cat(streams, dim=dim),)
     size = streams[0].shape[dim]
     first_size = first_size or size - size // 2
-    return streams[0].split([first_size, size - first_size], dim=dim)
+    return tuple(torch.split_with_sizes(streams[0], [first_size, size - first_size], dim=dim))
 
 
 def unpack(handle: Handle | Owned) -> Tensor:

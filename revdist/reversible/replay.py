@@ -79,14 +79,15 @@ class Replay:
         """Run the forward, or its next part, and keep what it saves."""
         self._conditions.rewind()
         self._buffer_ids = self._conditions.buffer_ids()
-        with inside_operator(), torch.enable_grad(), saved_tensors_hooks(self._capture, _never):
+        hooks = saved_tensors_hooks(self._capture, _never)
+        with inside_operator(), self._conditions.notes.reading(), torch.enable_grad(), hooks:
             yield
 
     @contextlib.contextmanager
     def inverting(self) -> Iterator[None]:
         """Run the inverse: nothing is saved."""
         self._conditions.rewind()
-        with inside_operator(), torch.no_grad():
+        with inside_operator(), self._conditions.notes.reading(), torch.no_grad():
             yield
 
     def _capture(self, tensor: Tensor) -> None:
