@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from revdist.errors import CheckpointError
 
@@ -81,11 +84,11 @@ def save(folder: Path, state: dict[str, Tensor], progress: Progress, *, keep: in
         part.mkdir(parents=True, mode=0o750)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(state, checkpoint_id=part, no_dist=True)
+            save_state(state, checkpoint_id=part, no_dist=True)
         (part / _PROGRESS).write_text(progress.to_json(), encoding="utf-8")
         shutil.rmtree(whole, ignore_errors=True)
         os.replace(part, whole)
-    except (OSError, dcp.api.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
             f"cannot write the checkpoint {whole}: {error}; free space, or set checkpoint.location"
@@ -126,8 +129,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state = {name: _allocate(name, entry) for name, entry in index.state_dict_metadata.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=reader, no_dist=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+            load(state, storage_reader=reader, no_dist=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
     return state
 
@@ -149,7 +152,7 @@ def _allocate(name: str, entry: Any) -> Tensor:
     return torch.empty(entry.size, dtype=entry.properties.dtype)
 
 
-class _SafeReader(dcp.FileSystemReader):
+class _SafeReader(FileSystemReader):
     """Reads the index without running what a pickle may ask for."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

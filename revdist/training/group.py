@@ -54,7 +54,7 @@ def join(rendezvous: Rendezvous, *, kind: str, listener: socket.socket | None = 
     """
     _announce(rendezvous)
     timeout = timedelta(seconds=rendezvous.timeout_s)
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         rendezvous.host,
         rendezvous.port,
         is_master=listener is not None,
@@ -64,7 +64,7 @@ def join(rendezvous: Rendezvous, *, kind: str, listener: socket.socket | None = 
     )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        store=dist.PrefixStore(rendezvous.prefix, store),
+        store=dist.PrefixStore(rendezvous.prefix, store),  # type: ignore[attr-defined]
         rank=rendezvous.rank,
         world_size=rendezvous.world_size,
         timeout=timeout,

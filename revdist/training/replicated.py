@@ -59,7 +59,7 @@ class Replicated:
         """Clock when the last own gradient of the reducing micro-batch was there; peers may still be computing."""
         self._reduced: set[int] = set()
         for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._note)
+            parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
         self._ddp = DistributedDataParallel(self.loss, gradient_as_bucket_view=True, forward_sync_buffers=False)
         self._reducing = False
 
@@ -88,7 +88,7 @@ class Replicated:
         with contextlib.nullcontext() if reduce else self._ddp.no_sync():
             loss = self._ddp(batch)
             if loss.requires_grad:
-                (loss * scale).backward()  # type: ignore[no-untyped-call]
+                (loss * scale).backward()
             if reduce:
                 self.finish_reduction()
         return float(loss.detach())
@@ -113,7 +113,7 @@ class Replicated:
         flat = torch.cat([flat, flat.new_tensor([weight])])
         dist.all_reduce(flat)
         sizes = [buffer.numel() for buffer in buffers]
-        for buffer, mean in zip(buffers, (flat[:-1] / flat[-1]).split(sizes), strict=True):
+        for buffer, mean in zip(buffers, torch.split(flat[:-1] / flat[-1], sizes), strict=True):
             buffer.copy_(mean.view_as(buffer))
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     Raises CheckpointError for an optimizer that keeps something else than tensors.
     """
     state = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             if not isinstance(value, Tensor):

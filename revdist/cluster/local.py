@@ -1,0 +1,111 @@
+"""Which Ray a run uses: the one this process is connected to, a given one, or a local one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+
+from revdist.cluster.address import check_reachable
+from revdist.errors import AddressUnreachable
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[bool]:
+    """Connect to Ray for the time of a run, and undo exactly what was done.
+
+    Yields whether the cluster is the run's own, on this machine alone.
+    Raises AddressUnreachable, within seconds, where no Ray cluster listens at the address.
+    """
+    if _is_connected():
+        yield False
+        return
+    environment = _own_cluster_environment() if address is None else {"RAY_USAGE_STATS_ENABLED": "0"}
+    with _environment(environment):
+        if address is None:
+            _start(num_workers)
+        else:
+            _connect(address)
+        try:
+            yield address is None
+        finally:
+            _disconnect()
+
+
+def _is_connected() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _own_cluster_environment() -> dict[str, str]:
+    """Settings of a cluster that only this run talks to: on loopback, with a token that is nowhere on disk."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Despite its name, this is what binds Ray to the loopback interface, on every system.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+
+
+def _start(num_workers: int) -> None:
+    import ray
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read at import, which may have been before our setting
+    ray.init(
+        # Replicas are placed on devices, not on cores: a small machine may hold more of them than it has.
+        num_cpus=max(num_workers, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _connect(address: str) -> None:
+    if address != "auto":
+        check_reachable(address)
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise AddressUnreachable(
+            f"no Ray cluster to connect to at {address}: start one with `ray start --head`, "
+            "or leave --address out for a local cluster",
+            address=address,
+        ) from error
+
+
+def _disconnect() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for the processes that Ray starts, and put back what was there."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    _forget_token()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _forget_token()
+
+
+def _forget_token() -> None:
+    """Ray caches the token of the first cluster a process talks to; the next one has another."""
+    if "ray" in sys.modules:
+        from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+        AuthenticationTokenLoader.instance().reset_cache()

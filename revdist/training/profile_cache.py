@@ -1,0 +1,75 @@
+"""Profiles kept between runs: what was measured once on a kind of device is not measured again.
+
+One JSON file per key in `$REVDIST_CACHE_DIR`, by default `~/.cache/revdist`. The key covers what a
+profile depends on; a file that cannot be read is as good as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import revdist
+from revdist.errors import InvalidCosts
+from revdist.planning.costs import Profile
+
+
+def cache_dir() -> Path:
+    """Folder of the cache; it may not exist yet."""
+    configured = os.environ.get("REVDIST_CACHE_DIR")
+    return Path(configured) if configured else Path.home() / ".cache" / "revdist"
+
+
+def profile_key(
+    model: nn.Module, *, batch: Any, micro_batch: int, device_type: str, settings: Mapping[str, Any]
+) -> str:
+    """What a profile holds for, hashed: the model's modules and shapes, the batch, the device type, and versions."""
+    facts = {
+        "revdist": revdist.__version__,
+        "torch": torch.__version__,
+        "device": device_type,
+        "micro_batch": micro_batch,
+        "model": repr(model),
+        "parameters": [(n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in model.named_parameters()],
+        "batch": [(tuple(part.shape[1:]), str(part.dtype)) for part in batch],
+        **settings,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def load_profile(key: str) -> Profile | None:
+    """The profile kept under a key; None where there is none that can be read."""
+    try:
+        return Profile.from_json((cache_dir() / f"profile-{key}.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, InvalidCosts):
+        return None
+
+
+def store_profile(profile: Profile) -> None:
+    """Keep a profile under its key, in one piece. A cache that cannot be written is not an error."""
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False, encoding="utf-8") as file:
+            file.write(profile.to_json())
+        os.replace(file.name, folder / f"profile-{profile.key}.json")
+    except OSError:
+        return
+
+
+def cpu_type() -> str:
+    """The model of this machine's processor, as the kernel names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
