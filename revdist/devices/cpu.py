@@ -67,6 +67,10 @@ class CpuDevice(Device):
         return self._ledger.capacity_bytes
 
     @property
+    def ledger_path(self) -> Path:
+        return self._ledger.path
+
+    @property
     def enforced(self) -> bool:
         """Whether this process's storages are charged as they are allocated."""
         return self._allocator is not None and bool(self._allocator.is_active())
