@@ -150,13 +150,13 @@ def timeline(
     axes.axvline(middle, color=MUTED, linewidth=0.8)
     _mode_ribbon(axes, [schedule.modes[moment.operator] for moment in moments])
     axes.set_xlim(0, len(moments))
-    axes.set_ylim(0, max(float(peak.max()), budget_bytes / size) * 1.28)
+    axes.set_ylim(0, max(float(peak.max()), budget_bytes / size) * 1.1)
     axes.set_xticks([middle / 2, middle * 1.5], ["forward: operators in order", "backward: in reverse"])
     axes.tick_params(axis="x", length=0, pad=9)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(f"activations ({unit})")
     axes.set_title(f"Memory through one step within {format_bytes(budget_bytes)}")
-    axes.legend(loc="upper center", ncols=4)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.2)
 
 
 def _mode_ribbon(axes: Axes, modes: Sequence[Mode]) -> None:
@@ -176,7 +176,9 @@ def batches(axes: Axes, found: Study) -> None:
         axes.plot(sizes, rates, color=color, label=format_bytes(budget))
         best = max(points, key=lambda point: point.samples_per_s)
         axes.plot(best.micro_batch, best.samples_per_s, "o", color=color, markeredgecolor="white", markersize=7)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value)))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value) if value else "0"))
     axes.set_ylim(bottom=0)
     axes.set_title("Throughput by micro-batch, for each budget (dot: the best)")
     axes.set_xlabel("micro-batch (samples)")

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 
 from revdist.errors import BudgetTooSmall, format_bytes
-from revdist.planning.batch import interpolate
+from revdist.planning.batch import candidates, interpolate
 from revdist.planning.costs import Mode, Profile, Schedule
 from revdist.planning.frontier import Frontier, solve
 from revdist.planning.replay import uniform
-from revdist.reporting.phrases import rate, seconds
+from revdist.reporting.phrases import seconds
 
+REACH = 4
+"""Micro-batches are looked at up to this many times the largest measured one: costs go on in straight lines."""
 STEPS_BYTES = (2**30, 2**20, 2**10, 1)
 
 
@@ -40,6 +42,8 @@ class Study:
     frontier: Frontier
     choices: tuple[Choice, ...]
     """Increasing budgets."""
+    too_small: tuple[int, ...] = ()
+    """Budgets asked about that hold no schedule."""
     curves: tuple[tuple[int, tuple[BatchPoint, ...]], ...] = ()
     """Per budget: throughput by micro-batch. Empty: the profiles are of one micro-batch only."""
     focus_bytes: int | None = None
@@ -77,9 +81,8 @@ def study(
         profile=profile,
         frontier=frontier,
         choices=tuple(Choice(budget, frontier.best(budget)) for budget in fitting),
-        curves=tuple((budget, throughput(ordered, budget, modes=modes)) for budget in budgets)
-        if len(ordered) > 1
-        else (),
+        too_small=tuple(budget for budget in budgets if budget < frontier.minimum_bytes),
+        curves=throughput(ordered, budgets, modes=modes) if len(ordered) > 1 else (),
         focus_bytes=max(fitting) if budgets_bytes else None,
     )
 
@@ -92,8 +95,8 @@ def focus(found: Study) -> Choice:
 
 
 def letter(index: int) -> str:
-    """The name of a chosen budget: a, b, c, ..."""
-    return chr(ord("a") + index)
+    """The name of a chosen budget: a, b, c, ..., z, 27, 28, ..."""
+    return chr(ord("a") + index) if index < 26 else str(index + 1)
 
 
 def telling_budgets(frontier: Frontier, count: int = 5) -> list[int]:
@@ -134,29 +137,25 @@ def unit_name(step: int) -> str:
 
 
 def throughput(
-    profiles: Sequence[Profile], budget_bytes: int, *, modes: Sequence[Mode] | None = None, count: int = 24
-) -> tuple[BatchPoint, ...]:
-    """Samples per second by micro-batch, from the smallest to the largest profiled, as far as they fit."""
-    low, high = profiles[0].micro_batch, profiles[-1].micro_batch
-    sizes = sorted({low + (high - low) * index // (count - 1) for index in range(count)})
-    points = []
-    for size in sizes:
-        profile = interpolate(profiles, size)
-        try:
-            schedule = solve(profile, modes=modes).best(budget_bytes)
-        except BudgetTooSmall:
-            break
-        points.append(BatchPoint(size, size / (profile.base_s + schedule.extra_s), schedule))
-    return tuple(points)
+    profiles: Sequence[Profile], budgets_bytes: Sequence[int], *, modes: Sequence[Mode] | None = None
+) -> tuple[tuple[int, tuple[BatchPoint, ...]], ...]:
+    """Per budget: samples per second by micro-batch, as far as any fits, up to `REACH` times the largest measured."""
+    sizes = candidates(REACH * profiles[-1].micro_batch)
+    solved = [(size, interpolate(profiles, size)) for size in sizes]
+    frontiers = [(size, profile.base_s, solve(profile, modes=modes)) for size, profile in solved]
+    curves = []
+    for budget in budgets_bytes:
+        points = []
+        for size, base_s, frontier in frontiers:
+            if frontier.minimum_bytes > budget:
+                break
+            schedule = frontier.best(budget)
+            points.append(BatchPoint(size, size / (base_s + schedule.extra_s), schedule))
+        curves.append((budget, tuple(points)))
+    return tuple(curves)
 
 
-def best_batch(found: Study) -> str:
-    """Which micro-batch is fastest at each budget; empty where only one size was profiled."""
-    sentences = []
-    for budget, points in found.curves:
-        if points:
-            best = max(points, key=lambda point: point.samples_per_s)
-            sentences.append(
-                f"within {format_bytes(budget)}: {best.micro_batch} samples ({rate(best.samples_per_s)} samples/s)"
-            )
-    return "Best micro-batch " + ", ".join(sentences) + "." if sentences else ""
+def best_batch(found: Study, budget_bytes: int) -> BatchPoint | None:
+    """The micro-batch with the most samples per second within a budget; None where that is not known."""
+    points = dict(found.curves).get(budget_bytes, ())
+    return max(points, key=lambda point: point.samples_per_s, default=None)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from revdist.errors import ConfigError, InvalidCosts
 from revdist.planning.costs import Profile
+from revdist.planning.interpolation import ordered_profiles
 
 
 def write_profiles(path: Path, profiles: Sequence[Profile]) -> None:
@@ -39,20 +40,7 @@ def read_profiles(path: Path) -> tuple[Profile, ...]:
             f"{path} is not JSON: {error}; `revdist plan CONFIG --export FILE` writes such files"
         ) from None
     values = values if isinstance(values, list) else [values]
-    if not values:
-        raise InvalidCosts(f"{path} holds no profile; `revdist plan CONFIG --export FILE` writes such files")
     try:
-        profiles = [Profile.from_json(json.dumps(value)) for value in values]
+        return tuple(ordered_profiles([Profile.from_json(json.dumps(value)) for value in values]))
     except InvalidCosts as error:
         raise InvalidCosts(f"{path}: {error}") from None
-    _check_alike(path, profiles)
-    return tuple(sorted(profiles, key=lambda profile: profile.micro_batch))
-
-
-def _check_alike(path: Path, profiles: Sequence[Profile]) -> None:
-    sizes = [profile.micro_batch for profile in profiles]
-    if len(set(sizes)) != len(sizes):
-        raise InvalidCosts(f"{path} has two profiles of one micro-batch size ({sizes}); keep one of each")
-    lengths = {profile.num_operators for profile in profiles}
-    if len(lengths) > 1:
-        raise InvalidCosts(f"{path} mixes networks of {sorted(lengths)} operators; keep one network's profiles")
