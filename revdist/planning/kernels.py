@@ -143,3 +143,38 @@ def walk(
         states[p] = leads_to[option]
         total_s[p] += extra_s[option]
         choices[p] |= np.uint8(option << shift)
+
+
+@compiled
+def shares_within(
+    limit_s: float,
+    starts: Ints,
+    micro_batch: Ints,
+    micro_batch_s: npt.NDArray[np.float64],
+    sample_s: npt.NDArray[np.float64],
+    overhead_s: npt.NDArray[np.float64],
+    low: Ints,
+    high: Ints,
+) -> Ints:
+    """Per step-time curve, the largest share in low..high whose step takes at most `limit_s`, else low.
+
+    The cuts of curve i are starts[i] to starts[i + 1] - 1 of the arrays that describe them. Times are
+    computed in the same order as `StepTimeCurve.step_s` does, to agree to the bit.
+    """
+    taken = np.empty(len(low), np.int64)
+    for i in range(len(low)):
+        bottom, top = low[i], high[i]
+        while bottom < top:
+            share = (bottom + top + 1) // 2
+            fits = False
+            for j in range(starts[i], starts[i + 1]):
+                compute_s = -(-share // micro_batch[j]) * micro_batch_s[j] + sample_s[j] * share
+                if overhead_s[i] + compute_s <= limit_s:
+                    fits = True
+                    break
+            if fits:
+                bottom = share
+            else:
+                top = share - 1
+        taken[i] = bottom
+    return taken

@@ -61,7 +61,7 @@ class Segment:
 
     @property
     def num_links(self) -> int:
-        return sum(len(links) for pair in self.links for links in ({id(a): a for a in pair}.values()))
+        return sum(len(first) + (len(last) if last is not first else 0) for first, last in self.links)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

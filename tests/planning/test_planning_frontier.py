@@ -241,10 +241,13 @@ def _mutations() -> st.SearchStrategy[object]:
     return st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner))
 
 
+SMALL_JSON = solve(revnet_like(3)).to_json()
+
+
 @given(st.data())
 @hypothesis.settings(max_examples=300)
 def test_json_reader_refuses_damage_with_a_clear_error(data: st.DataObject) -> None:
-    fields = json.loads(solve(revnet_like(3)).to_json())
+    fields = json.loads(SMALL_JSON)
     damaged = data.draw(st.sampled_from(sorted(fields)))
     if data.draw(st.booleans()):
         del fields[damaged]
