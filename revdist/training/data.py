@@ -17,6 +17,7 @@ import numpy.typing as npt
 from torch.utils.data import default_collate
 
 from revdist.errors import ConfigError
+from revdist.planning.batch import micro_batch_sizes
 
 Indices = npt.NDArray[np.int64]
 
@@ -75,8 +76,11 @@ def slice_of(shares: Sequence[int], rank: int, num_samples: int) -> slice:
 
 
 def micro_batches(indices: Indices, micro_batch: int) -> list[Indices]:
-    """Cut a rank's samples into consecutive micro-batches; the last may be smaller."""
-    return [indices[start : start + micro_batch] for start in range(0, len(indices), micro_batch)]
+    """Cut a rank's samples into consecutive micro-batches of at most that size, which differ by one at most."""
+    if not len(indices):
+        return []
+    sizes = micro_batch_sizes(len(indices), -(-len(indices) // micro_batch))
+    return np.split(indices, np.cumsum(sizes)[:-1])
 
 
 def fetch(dataset: Any, indices: Indices) -> Any:

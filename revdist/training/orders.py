@@ -58,8 +58,8 @@ class Inbox:
                 del self._shares[old]
             return shares
 
-    def wait_for_first(self, timeout_s: float) -> Shares | None:
-        """The newest shares, once there are any; None after the time, or when told to stop first."""
+    def wait_for_first(self) -> Shares | None:
+        """The newest shares, once there are any; None when told to stop first."""
         with self._changed:
-            self._changed.wait_for(lambda: self._newest >= 0 or self._stop_reason is not None, timeout=timeout_s)
+            self._changed.wait_for(lambda: self._newest >= 0 or self._stop_reason is not None)
             return self._shares.get(self._newest) if self._stop_reason is None else None

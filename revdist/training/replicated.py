@@ -126,11 +126,6 @@ class Replicated:
             self.compute_ended_s = time.perf_counter()
 
 
-def to_precision(model: nn.Module, precision: str) -> nn.Module:
-    """The model with parameters as the precision wants them: fp64 doubles them, bf16 keeps fp32 ones."""
-    return model.double() if precision == "fp64" else model
-
-
 def move_batch(batch: Any, device: torch.device, precision: str) -> tuple[Any, Any]:
     """A fetched `(input, target)` on the device; floating-point inputs in the run's precision."""
     inputs, target = batch

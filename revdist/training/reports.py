@@ -7,9 +7,11 @@ import threading
 from collections import deque
 from typing import Any, final
 
+from revdist.errors import RevdistError
 from revdist.planning.batch import StepTimeCurve
 from revdist.planning.costs import Plan
 from revdist.training.agreement import Row
+from revdist.training.evaluation import Score
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,31 @@ class CurveReport:
     reason: str
 
 
-Report = StepReport | PlanReport | EventReport | ProfileReport | CurveReport
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EndReport:
+    """This replica's training is over, after `step` steps of the run."""
+
+    rank: int
+    step: int
+    stopped: bool
+    """Told to leave before the end of the run; its state is saved."""
+    score: Score | None
+    """On the test data; None where there are none, or the run was stopped."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FailureReport:
+    """This replica cannot go on."""
+
+    time: float
+    rank: int
+    step: int
+    error: RevdistError
+    follows: bool
+    """The error is that a peer went away: some other rank failed first."""
+
+
+Report = StepReport | PlanReport | EventReport | ProfileReport | CurveReport | EndReport | FailureReport
 
 
 @final

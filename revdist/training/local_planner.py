@@ -1,0 +1,176 @@
+"""This replica's planning: from its device's budget to the plan it runs, a look-up away.
+
+The control thread asks for a new curve when memory changes, the training thread for a plan at a step
+boundary; a lock keeps the two apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import final
+
+from revdist.config import RunConfig
+from revdist.errors import BudgetTooSmall, format_bytes
+from revdist.planning.batch import StepTimeCurve, step_time_curve
+from revdist.planning.costs import Mode, Option, Plan, Profile
+
+_GIVE_WAY = 0.9
+"""A plan that did not fit is followed by one that needs this part of its memory at most."""
+
+
+@final
+class LocalPlanner:
+    """Plans of one device at any budget."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        profiles: Sequence[Profile],
+        *,
+        rank: int,
+        device: str,
+        fixed_bytes: int,
+        step_peak_bytes: int,
+    ) -> None:
+        self._config = config
+        self._profiles = [
+            dataclasses.replace(_allowed(profile, config), fixed_bytes=fixed_bytes, step_peak_bytes=step_peak_bytes)
+            for profile in profiles
+        ]
+        self._rank = rank
+        self._device = device
+        self._lock = threading.Lock()
+        self._curve: StepTimeCurve | None = None
+        self._mistrust_bytes = 0
+        self._minimum_bytes = self._find_minimum()
+        self.version = 0
+        """Counts changes of the curve."""
+        self.reason = "start"
+        """Why it changed last."""
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the device that no plan changes."""
+        return self._profiles[0].fixed_bytes
+
+    @property
+    def curve(self) -> StepTimeCurve:
+        assert self._curve is not None, "replan first"
+        return self._curve
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget that plans are made for."""
+        return self.curve.budget_bytes
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The least budget for which there is a plan."""
+        return self._minimum_bytes
+
+    def start(self, budget_bytes: int) -> StepTimeCurve:
+        """The first curve. Raises BudgetTooSmall where no plan fits."""
+        if budget_bytes < self.minimum_bytes:
+            raise BudgetTooSmall(budget_bytes, self.minimum_bytes, where=self._device, remedy=self._remedy)
+        return self.replan(budget_bytes, reason="start")
+
+    def replan(self, budget_bytes: int, *, reason: str) -> StepTimeCurve:
+        """Plan for another budget from now on, or for the smallest that any plan needs if it is below that.
+
+        Then memory may run out, but not for want of trying.
+        """
+        with self._lock:
+            return self._set(max(self.minimum_bytes, budget_bytes - self._mistrust_bytes), reason)
+
+    def give_way(self, plan: Plan, budget_bytes: int) -> StepTimeCurve:
+        """Plan for clearly less than a plan that ran out of memory needs.
+
+        Where the device's reading, `budget_bytes`, says that it should have fitted, what the reading
+        promises too much is held against it for the rest of the run.
+        Raises BudgetTooSmall where the plan was the smallest there is.
+        """
+        with self._lock:
+            if plan.schedule.need_bytes <= self.minimum_bytes:
+                raise BudgetTooSmall(
+                    min(budget_bytes, self.minimum_bytes - 1),
+                    self.minimum_bytes,
+                    where=self._device,
+                    remedy=self._remedy,
+                )
+            target = min(budget_bytes - self._mistrust_bytes, int(plan.schedule.need_bytes * _GIVE_WAY))
+            curve = self._set(max(self.minimum_bytes, target), "memory-lost")
+            self._mistrust_bytes = max(self._mistrust_bytes, budget_bytes - curve.budget_bytes)
+            return curve
+
+    def plan(self, share: int, *, generation: int, reason: str) -> Plan:
+        """How to run a share under the present curve."""
+        with self._lock:
+            curve = self.curve
+        choice = curve.choice(share)
+        need = max(choice.schedule.need_bytes, self._profiles[0].step_peak_bytes)
+        return Plan(
+            generation=generation,
+            rank=self._rank,
+            device=self._device,
+            share=share,
+            micro_batch=choice.micro_batch,
+            accumulation_steps=choice.accumulation_steps,
+            schedule=choice.schedule,
+            budget_bytes=curve.budget_bytes,
+            predicted_step_s=choice.step_s,
+            predicted_peak_bytes=self.fixed_bytes + need,
+            reason=reason,
+        )
+
+    def fastest_and_smallest(self) -> tuple[StepTimeCurve, StepTimeCurve]:
+        """Curves of the present budget, planned and with INVERT wherever it exists: what planning gains."""
+        inverted = [_only(profile, Mode.INVERT) for profile in self._profiles]
+        return self.curve, self._solve(inverted, self.budget_bytes)
+
+    @property
+    def _remedy(self) -> str:
+        fixed = f"parameters, gradients and optimizer state take {format_bytes(self.fixed_bytes)} besides"
+        if self._config.micro_batch is None:
+            return f"give the device that much more; {fixed}"
+        return f"lower micro_batch, or give the device that much more; {fixed}"
+
+    def _set(self, budget_bytes: int, reason: str) -> StepTimeCurve:
+        self._curve = self._solve(self._profiles, budget_bytes)
+        self.version += 1
+        self.reason = reason
+        return self._curve
+
+    def _find_minimum(self) -> int:
+        try:
+            self._solve(self._profiles, 0)
+        except BudgetTooSmall as error:
+            return error.minimum_bytes
+        return 0
+
+    def _solve(self, profiles: Sequence[Profile], budget_bytes: int) -> StepTimeCurve:
+        fixed = () if self._config.micro_batch is None else (self._config.micro_batch,)
+        return step_time_curve(
+            profiles,
+            budget_bytes,
+            max_share=self._config.global_batch,
+            micro_batches=fixed,
+            guarantee=self._config.planning.guarantee,
+        )
+
+
+def _allowed(profile: Profile, config: RunConfig) -> Profile:
+    """The profile with the modes that the configuration lets the planner choose from."""
+    if config.planning.schedule == "auto":
+        return profile
+    return _only(profile, Mode.SAVE if config.planning.schedule == "save" else Mode.INVERT)
+
+
+def _only(profile: Profile, mode: Mode) -> Profile:
+    """The profile with this mode alone for every operator that has it."""
+
+    def choose(options: tuple[Option, ...]) -> tuple[Option, ...]:
+        return tuple(option for option in options if option.mode is mode) or options
+
+    return dataclasses.replace(profile, options=tuple(choose(options) for options in profile.options))

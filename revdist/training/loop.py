@@ -1,0 +1,242 @@
+"""The training loop of a replica: steps, the agreement that ends each, and what changes at the boundary.
+
+A step is taken by all ranks or by none. Its end is the only place where anything changes for all:
+the next generation of shares, a stop, a checkpoint. A replica's own schedule changes there too, but
+asks nobody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+
+from revdist.config import RunConfig
+from revdist.devices.device import Device, MemoryMeter
+from revdist.errors import NonFiniteLoss
+from revdist.planning.costs import Plan
+from revdist.training.agreement import Row, agree, mean_loss, must_redo, must_stop, next_generation
+from revdist.training.data import slice_of
+from revdist.training.local_planner import LocalPlanner
+from revdist.training.local_step import LocalStep, Outcome
+from revdist.training.memory import MemoryView
+from revdist.training.optimizer import learning_rate_factor, set_learning_rate
+from revdist.training.orders import Inbox, Shares
+from revdist.training.parts import Parts
+from revdist.training.replicated import Replicated
+from revdist.training.reports import EventReport, Outbox, PlanReport, StepReport
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """Everything that the steps of a replica work on."""
+
+    config: RunConfig
+    rank: int
+    device: Device
+    parts: Parts
+    replicated: Replicated
+    optimizer: torch.optim.Optimizer
+    planner: LocalPlanner
+    memory: MemoryView
+
+
+@final
+class Loop:
+    """Runs the steps of one replica."""
+
+    def __init__(self, trained: Trained, inbox: Inbox, outbox: Outbox, *, first: Shares, step: int) -> None:
+        self._t = trained
+        self._inbox = inbox
+        self._outbox = outbox
+        self._meter: MemoryMeter = trained.device.meter()
+        self._local = LocalStep(
+            trained.replicated,
+            trained.parts.chain,
+            trained.device,
+            precision=trained.config.precision,
+            seed=trained.config.seed,
+        )
+        self.step = step
+        """Steps taken by the run so far."""
+        self.shares = first
+        self._version = trained.planner.version
+        self.plan = self._make_plan(reason=first.reason)
+        self._adopt_plan(self.plan)
+        self._step_began_s = time.perf_counter()
+        self._pause_s = 0.0
+
+    @property
+    def need_bytes(self) -> int:
+        """Activation bytes of the plan that holds from the next step on."""
+        share = self.shares.by_rank[self._t.rank]
+        return self._t.planner.curve.choice(share).schedule.need_bytes
+
+    def run(self, *, checkpoint: Callable[[], None]) -> bool:
+        """Take steps to the end of the run; False where a rank was told to stop before.
+
+        Calls `checkpoint` at the boundaries where the configuration wants one.
+        """
+        every = self._t.config.checkpoint.every_steps
+        while self.step < self._t.parts.num_steps:
+            rows = self._take_step()
+            self._adopt_generation(next_generation(rows))
+            if must_stop(rows):
+                return False
+            if every is not None and self.step % every == 0 and self.step < self._t.parts.num_steps:
+                checkpoint()
+        return True
+
+    def close(self) -> None:
+        self._local.close()
+
+    def _take_step(self) -> Sequence[Row]:
+        """One step, redone until all ranks could do their part."""
+        while True:
+            self._adopt_local_replan()
+            rows = self._attempt()
+            self._check_loss(rows)
+            if not must_redo(rows):
+                break
+            self._local.restore_buffers()
+            self._pause_s += rows[self._t.rank].step_s
+        self._update()
+        self._report(rows)
+        return rows
+
+    def _attempt(self) -> list[Row]:
+        """Gradients of the whole batch, unless some rank's word in the rows says that they are not."""
+        began_s = time.perf_counter()
+        order, rank = self._t.parts.order, self._t.rank
+        batch = order.batch(self.step)
+        outcome = self._local.run(
+            self._t.parts.train,
+            batch[slice_of(self.shares.by_rank, rank, len(batch))],
+            step=self.step,
+            rank=rank,
+            scale=dist.get_world_size() / len(batch),
+            micro_batch=self.plan.micro_batch,
+            smaller_plan=self._smaller_plan,
+        )
+        self._pause_s += outcome.retried_s
+        row = self._row(outcome, time.perf_counter() - began_s)
+        self._meter.reset_peak()
+        group = dist.group.WORLD
+        assert group is not None
+        return agree(row, group)
+
+    def _row(self, outcome: Outcome, step_s: float) -> Row:
+        return Row(
+            samples=outcome.samples,
+            loss_sum=outcome.loss_sum,
+            failed=outcome.failed,
+            stop=self._inbox.stop_reason is not None,
+            newest_generation=self._inbox.newest_generation,
+            generation=self.shares.generation,
+            share=self.plan.share,
+            micro_batch=self.plan.micro_batch,
+            step_s=step_s,
+            compute_s=outcome.compute_s,
+            peak_bytes=self._meter.peak_bytes(),
+            predicted_peak_bytes=self.plan.predicted_peak_bytes,
+            predicted_step_s=self.plan.predicted_step_s,
+            budget_bytes=self.plan.budget_bytes,
+            free_bytes=self._t.memory.last.free_bytes,
+            demoted_bytes=outcome.demoted_bytes,
+        )
+
+    def _check_loss(self, rows: Sequence[Row]) -> None:
+        """Raise NonFiniteLoss on every rank alike where a rank's loss is not finite; a redone step's does not count."""
+        for rank, row in enumerate(rows):
+            if math.isfinite(row.loss_sum) or row.failed:
+                continue
+            batch = self._t.parts.order.batch(self.step)
+            samples = batch[slice_of(self.shares.by_rank, rank, len(batch))].tolist()
+            raise NonFiniteLoss(
+                f"the loss of step {self.step} is {row.loss_sum} on rank {rank}, samples {_abbreviate(samples)}: "
+                "lower the learning rate, set optimizer.clip_norm, or look at these samples",
+                step=self.step,
+                rank=rank,
+                samples=samples,
+            )
+
+    def _update(self) -> None:
+        """Move the parameters along the whole batch's gradient."""
+        optimizer = self._t.config.optimizer
+        if optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._t.replicated.parameters, optimizer.clip_norm)
+        set_learning_rate(self._t.optimizer, self._learning_rate_factor())
+        self._t.optimizer.step()
+        self.step += 1
+
+    def _learning_rate_factor(self) -> float:
+        return learning_rate_factor(self._t.config.optimizer, self.step, self._t.parts.num_steps)
+
+    def _report(self, rows: Sequence[Row]) -> None:
+        now_s = time.perf_counter()
+        step_s, self._step_began_s = now_s - self._step_began_s, now_s
+        pause_s, self._pause_s = self._pause_s, 0.0
+        if self._t.rank != 0:
+            return
+        order = self._t.parts.order
+        self._outbox.put(
+            StepReport(
+                time=time.time(),
+                step=self.step,
+                epoch=order.epoch(self.step - 1),
+                samples=order.samples_before(self.step),
+                loss=mean_loss(rows),
+                lr=self._t.optimizer.param_groups[0]["lr"],
+                step_s=step_s,
+                pause_s=pause_s,
+                rows=tuple(rows),
+            )
+        )
+
+    def _adopt_generation(self, generation: int) -> None:
+        if generation > self.shares.generation:
+            self.shares = self._inbox.take(generation)
+            self._adopt_plan(self._make_plan(reason=self.shares.reason))
+
+    def _adopt_local_replan(self) -> None:
+        if self._t.planner.version != self._version:
+            self._adopt_plan(self._make_plan(reason=self._t.planner.reason))
+
+    def _make_plan(self, *, reason: str) -> Plan:
+        self._version = self._t.planner.version
+        share = self.shares.by_rank[self._t.rank]
+        return self._t.planner.plan(share, generation=self.shares.generation, reason=reason)
+
+    def _adopt_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        self._t.parts.chain.set_schedule(plan.schedule.modes)
+        free_bytes = self._t.memory.last.free_bytes
+        self._outbox.put(PlanReport(time=time.time(), step=self.step, plan=plan, free_bytes=free_bytes))
+
+    def _smaller_plan(self, shortage: str) -> int:
+        """Give way to a lack of memory: adopt a smaller plan at once and return its micro-batch."""
+        self._outbox.put(self._event("out-of-memory", shortage.splitlines()[0]))
+        self._t.planner.give_way(self.plan, self._t.memory.budget_bytes())
+        self._adopt_plan(self._make_plan(reason="memory-lost"))
+        return self.plan.micro_batch
+
+    def _event(self, kind: str, detail: str, **facts: Any) -> EventReport:
+        return EventReport(
+            time=time.time(),
+            step=self.step,
+            kind=kind,
+            rank=self._t.rank,
+            device=self._t.device.uuid,
+            detail=detail,
+            facts=facts,
+        )
+
+
+def _abbreviate(samples: Sequence[int]) -> str:
+    shown = ", ".join(str(sample) for sample in samples[:8])
+    return f"{shown} and {len(samples) - 8} more" if len(samples) > 8 else shown

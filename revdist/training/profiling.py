@@ -1,0 +1,124 @@
+"""The profiles of this replica's device: from the cache where there are any, else measured now."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from revdist.config import RunConfig
+from revdist.devices.device import Device
+from revdist.planning.costs import Mode, Profile
+from revdist.reversible.profiler import profile_chain
+from revdist.training.data import fetch
+from revdist.training.profile_cache import cpu_type, load_profile, profile_key, store_profile
+from revdist.training.replicated import SummedLoss, move_batch
+
+Progress = Callable[[int, int], None]
+"""Called with the measurements done so far and their total."""
+
+
+@final
+class Profiling:
+    """Gets the profiles of a model on a device at the micro-batch sizes that planning needs."""
+
+    def __init__(
+        self, config: RunConfig, model: nn.Module, loss_fn: Callable[..., Tensor], dataset: Any, device: Device
+    ):
+        self._config = config
+        self._summed = SummedLoss(model, loss_fn, config.precision)
+        self._dataset = dataset
+        self._device = device
+        self.num_cached = 0
+        """Profiles that came from the cache."""
+
+    def profiles(self, sizes: tuple[int, ...], progress: Progress) -> tuple[Profile, ...]:
+        """Profiles at these micro-batch sizes, smallest first.
+
+        Where the device has no room for a size, half of it is measured instead; raises
+        torch.OutOfMemoryError where not even one sample fits.
+        """
+        found: dict[int, Profile] = {}
+        limit = max(sizes)
+        for number, size in enumerate(sorted(sizes, reverse=True)):
+            if min(size, limit) < 1:
+                break
+            profile = self._get_or_halve(min(size, limit), _part_of(progress, number, len(sizes)))
+            found[profile.micro_batch] = profile
+            limit = profile.micro_batch - 1
+        return tuple(found[size] for size in sorted(found))
+
+    def _get_or_halve(self, micro_batch: int, progress: Progress) -> Profile:
+        while True:
+            try:
+                return self._get(micro_batch, progress)
+            except torch.OutOfMemoryError:
+                if micro_batch == 1 or self._config.micro_batch is not None:
+                    raise
+            micro_batch //= 2
+
+    def _get(self, micro_batch: int, progress: Progress) -> Profile:
+        batch = self._batch(micro_batch)
+        key = self._key(batch, micro_batch)
+        cached = load_profile(key) if self._config.planning.profile_cache else None
+        if cached is not None:
+            self.num_cached += 1
+            return dataclasses.replace(cached, device=self._device.uuid)
+        measured = self._measure(batch, micro_batch, progress)
+        profile = dataclasses.replace(measured, micro_batch=micro_batch, device=self._device.uuid, key=key)
+        if self._config.planning.profile_cache:
+            store_profile(profile)
+        return profile
+
+    def _measure(self, batch: tuple[Any, Any], micro_batch: int, progress: Progress) -> Profile:
+        inputs, target = batch
+        with self._summed.autocast(inputs):
+            return profile_chain(
+                self._summed.model,
+                inputs,
+                lambda output: self._summed.loss_fn(output, target, reduction="sum") / micro_batch,
+                meter=self._device.meter(),
+                repeats=self._config.planning.profile_repeats,
+                modes=[Mode(mode) for mode in self._config.planning.modes],
+                progress=progress,
+            )
+
+    def _batch(self, micro_batch: int) -> tuple[Any, Any]:
+        indices = np.arange(micro_batch) % len(self._dataset)
+        return move_batch(fetch(self._dataset, indices), self._device.torch_device, self._config.precision)
+
+    def _key(self, batch: tuple[Any, Any], micro_batch: int) -> str:
+        return profile_key(
+            self._summed.model,
+            batch=batch,
+            micro_batch=micro_batch,
+            device_type=cpu_type() if self._device.kind == "cpu" else self._device.name,
+            settings={
+                "loss": self._config.loss,
+                "precision": self._config.precision,
+                "threads": self._config.threads_per_worker,
+                "modes": self._config.planning.modes,
+            },
+        )
+
+
+def sizes_to_profile(config: RunConfig, world_size: int) -> tuple[int, ...]:
+    """Micro-batch sizes to measure: the one that is configured, or two around what an equal share would need.
+
+    Costs between two measured sizes lie on the line through them.
+    """
+    if config.micro_batch is not None:
+        return (config.micro_batch,)
+    if config.planning.micro_batches:
+        return tuple(sorted(set(config.planning.micro_batches)))
+    equal_share = -(-config.global_batch // world_size)
+    return tuple(sorted({max(1, equal_share // 4), equal_share}))
+
+
+def _part_of(progress: Progress, number: int, count: int) -> Progress:
+    """Progress of one of several equally long measurements."""
+    return lambda done, total: progress(number * total + done, count * total)

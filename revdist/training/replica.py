@@ -1,0 +1,260 @@
+"""The life of one replica: build, measure, train, score, save. No Ray: orders come in, reports go out.
+
+Runs in a thread of its own beside whatever process hosts it, which talks to it through an `Inbox`
+and an `Outbox`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import socket
+import time
+import traceback
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+
+from revdist.config import RunConfig
+from revdist.devices.device import Device
+from revdist.errors import DeviceError, RevdistError, RunFailed
+from revdist.training import checkpoint, group
+from revdist.training.evaluation import Score, evaluate
+from revdist.training.local_planner import LocalPlanner
+from revdist.training.loop import Loop, Trained
+from revdist.training.memory import MemoryView, MemoryWatch
+from revdist.training.optimizer import build_optimizer, coming_state_bytes, state_bytes, step_peak_bytes
+from revdist.training.orders import Inbox
+from revdist.training.parts import Parts, build_parts
+from revdist.training.profiling import Profiling, sizes_to_profile
+from revdist.training.replicated import Replicated
+from revdist.training.reports import CurveReport, EndReport, EventReport, FailureReport, Outbox, ProfileReport
+from revdist.training.shortage import explain_shortage
+from revdist.training.state import load_training_state, send_state, training_state
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a replica is to do, and as whom."""
+
+    config: RunConfig
+    rendezvous: group.Rendezvous
+    checkpoints: Path
+    """Folder of the run's checkpoints; written by rank 0."""
+    resume: bool
+
+
+@final
+class Replica:
+    """One rank of a run on one device."""
+
+    def __init__(
+        self, assignment: Assignment, device: Device, inbox: Inbox, outbox: Outbox, listener: socket.socket | None
+    ) -> None:
+        """listener: the socket that the group's store will listen on, if this rank hosts it."""
+        self._assignment = assignment
+        self._config = assignment.config
+        self._rank = assignment.rendezvous.rank
+        self._device = device
+        self._inbox = inbox
+        self._outbox = outbox
+        self._listener = listener
+        self._step = 0
+        self._loop: Loop | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps of the run taken so far."""
+        return self._step if self._loop is None else self._loop.step
+
+    def run(self) -> None:
+        """The whole life. Never raises: what goes wrong is the last report."""
+        try:
+            self._live()
+        except Exception as error:
+            _log.debug("rank %d failed", self._rank, exc_info=True)
+            self._outbox.put(self._failure(error))
+        finally:
+            self._outbox.close()
+
+    def _live(self) -> None:
+        torch.set_num_threads(self._config.threads_per_worker)
+        self._device.activate(f"revdist {self._config.name} rank {self._rank}")
+        trained = self._prepare()
+        first = self._inbox.wait_for_first()
+        if first is None:
+            self._outbox.put(EndReport(rank=self._rank, step=self._step, stopped=True, score=None))
+            return
+        self._loop = Loop(trained, self._inbox, self._outbox, first=first, step=self._step)
+        watch = self._watch(trained, self._loop)
+        watch.start()
+        try:
+            finished = self._loop.run(checkpoint=lambda: self._save(trained))
+            watch.stop()
+            score = self._score(trained) if finished else None
+            self._save(trained)
+        finally:
+            watch.stop()
+            self._loop.close()
+        self._leave(trained)
+        self._outbox.put(EndReport(rank=self._rank, step=self._loop.step, stopped=not finished, score=score))
+
+    def _prepare(self) -> Trained:
+        """Everything that the steps work on; its curve is reported, so that shares can be chosen."""
+        free_bytes = self._device.read().free_bytes
+        try:
+            parts = build_parts(self._config, self._device.torch_device)
+            profiles = self._profile(parts)
+            trained = self._join(parts, profiles)
+        except torch.OutOfMemoryError as error:
+            raise explain_shortage(self._config, self._device, free_bytes) from error
+        curve = trained.planner.start(trained.memory.budget_bytes())
+        self._outbox.put(CurveReport(rank=self._rank, curve=curve, reason="start"))
+        return trained
+
+    def _profile(self, parts: Parts) -> Any:
+        profiling = Profiling(self._config, parts.model, parts.loss_fn, parts.train, self._device)
+        began_s = time.perf_counter()
+        profiles = profiling.profiles(
+            sizes_to_profile(self._config, self._assignment.rendezvous.world_size),
+            lambda done, total: self._outbox.put(
+                ProfileReport(rank=self._rank, device=self._device.uuid, done=done, total=total)
+            ),
+        )
+        sizes = ", ".join(str(profile.micro_batch) for profile in profiles)
+        how = "from the cache" if profiling.num_cached == len(profiles) else "measured"
+        seconds = time.perf_counter() - began_s
+        self._event("profile", f"micro-batches of {sizes} {how} in {seconds:.1f} s", seconds=seconds)
+        return profiles
+
+    def _join(self, parts: Parts, profiles: Any) -> Trained:
+        """Form the group, and lay out everything whose memory no plan changes."""
+        group.join(self._assignment.rendezvous, kind=self._device.kind, listener=self._listener)
+        optimizer = build_optimizer(self._config.optimizer, parts.trainable)
+        replicated = Replicated(parts.model, parts.loss_fn, self._config.precision)
+        if self._assignment.resume:
+            self._resume(parts, optimizer)
+        coming = coming_state_bytes(self._config.optimizer, parts.trainable) - state_bytes(optimizer)
+        fixed_bytes = self._device.meter().allocated_bytes() + max(0, coming)
+        planner = LocalPlanner(
+            self._config,
+            profiles,
+            rank=self._rank,
+            device=self._device.uuid,
+            fixed_bytes=fixed_bytes,
+            step_peak_bytes=step_peak_bytes(optimizer, parts.trainable),
+        )
+        return Trained(
+            config=self._config,
+            rank=self._rank,
+            device=self._device,
+            parts=parts,
+            replicated=replicated,
+            optimizer=optimizer,
+            planner=planner,
+            memory=MemoryView(self._config, self._device, fixed_bytes=fixed_bytes),
+        )
+
+    def _resume(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+        """Take up the state of the newest checkpoint: rank 0 reads it and sends it to the others."""
+        step = [0]
+        if self._rank == 0:
+            newest = checkpoint.newest(self._assignment.checkpoints)
+            progress = checkpoint.read_progress(newest)
+            checkpoint.check_same_run(
+                progress,
+                seed=self._config.seed,
+                global_batch=self._config.global_batch,
+                num_samples=parts.order.num_samples,
+            )
+            load_training_state(parts.model, optimizer, checkpoint.read_state(newest))
+            step = [progress.step]
+        dist.broadcast_object_list(step, src=0)
+        send_state(parts.model, optimizer, source=0)
+        self._step = step[0]
+
+    def _watch(self, trained: Trained, loop: Loop) -> MemoryWatch:
+        def replanned(reason: str) -> None:
+            if self._config.replan.shares:
+                self._outbox.put(CurveReport(rank=self._rank, curve=trained.planner.curve, reason=reason))
+
+        def lost(error: DeviceError) -> None:
+            self._event("lost", str(error))
+
+        return MemoryWatch(
+            self._config,
+            trained.memory,
+            trained.planner,
+            need_bytes=lambda: loop.need_bytes,
+            replanned=replanned,
+            lost=lost,
+        )
+
+    def _score(self, trained: Trained) -> Score | None:
+        if not self._config.evaluate or trained.parts.test is None or self._loop is None:
+            return None
+        return evaluate(
+            trained.replicated,
+            trained.parts.test,
+            shares=self._loop.shares.by_rank,
+            rank=self._rank,
+            micro_batch=self._loop.plan.micro_batch,
+            device=self._device.torch_device,
+            precision=self._config.precision,
+        )
+
+    def _save(self, trained: Trained) -> None:
+        """Save the state at a step boundary that all ranks have reached; rank 0 writes it."""
+        assert self._loop is not None
+        shares = self._loop.shares
+        trained.replicated.average_buffers(shares.by_rank[self._rank])
+        if self._rank != 0:
+            return
+        progress = checkpoint.Progress(
+            step=self._loop.step,
+            seed=self._config.seed,
+            global_batch=self._config.global_batch,
+            num_samples=trained.parts.order.num_samples,
+            generation=shares.generation,
+            shares=shares.by_rank,
+        )
+        state = training_state(trained.parts.model, trained.optimizer)
+        path = checkpoint.save(self._assignment.checkpoints, state, progress, keep=self._config.checkpoint.keep)
+        self._event("checkpoint", str(path))
+
+    def _leave(self, trained: Trained) -> None:
+        """Leave the group together: rank 0 hosts the store that the others still talk to."""
+        dist.barrier()
+        trained.replicated.close()
+        group.leave()
+
+    def _event(self, kind: str, detail: str, **facts: Any) -> None:
+        self._outbox.put(
+            EventReport(
+                time=time.time(),
+                step=self.step,
+                kind=kind,
+                rank=self._rank,
+                device=self._device.uuid,
+                detail=detail,
+                facts=facts,
+            )
+        )
+
+    def _failure(self, error: Exception) -> FailureReport:
+        if not isinstance(error, RevdistError):
+            where = traceback.format_exception(error)
+            error = RunFailed(
+                f"{type(error).__name__}: {_first_line(error)}", cause=type(error).__name__, traceback="".join(where)
+            )
+        follows = error.facts.get("cause") == "DistBackendError" or "Connection closed by peer" in str(error)
+        return FailureReport(time=time.time(), rank=self._rank, step=self.step, error=error, follows=follows)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"

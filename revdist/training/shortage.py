@@ -1,0 +1,55 @@
+"""When a device has no room for even the smallest plan: how much is missing."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from revdist.config import RunConfig
+from revdist.devices.cpu import CpuDevice
+from revdist.devices.device import Device
+from revdist.devices.host import host_memory
+from revdist.errors import BudgetTooSmall, UsageError
+from revdist.planning.costs import Mode
+from revdist.training.data import fetch
+from revdist.training.optimizer import coming_state_bytes
+from revdist.training.parts import Parts, build_parts
+from revdist.training.replicated import SummedLoss, move_batch
+
+
+def explain_shortage(config: RunConfig, device: Device, free_bytes: int) -> UsageError:
+    """The error for a run that ran out of memory before it had a plan.
+
+    free_bytes: what the device had free at the start. On a CPU device the smallest plan is measured
+    on a scratch device with all of the host's memory; this process computes on that one afterwards.
+    """
+    if not isinstance(device, CpuDevice) or not device.enforced:
+        return UsageError(
+            f"{device.name} ({device.uuid}) has no room for the smallest plan: lower micro_batch, or free memory on it"
+        )
+    needed_bytes = _measure_smallest(config) + config.memory.margin
+    return BudgetTooSmall(free_bytes, max(needed_bytes, free_bytes + 1), where=device.name)
+
+
+def _measure_smallest(config: RunConfig) -> int:
+    """Peak bytes of one micro-batch with everything rebuilt that can be, optimizer state included."""
+    scratch = CpuDevice.open(f"scratch-{os.getpid()}", capacity_bytes=host_memory()[0])
+    scratch.activate()
+    try:
+        parts = build_parts(config, scratch.torch_device)
+        _run_smallest(config, parts)
+        return scratch.meter().peak_bytes() + coming_state_bytes(config.optimizer, parts.trainable)
+    finally:
+        scratch.deactivate()
+        scratch.remove()
+
+
+def _run_smallest(config: RunConfig, parts: Parts) -> None:
+    thriftiest = (Mode.INVERT, Mode.RECOMPUTE, Mode.SAVE)
+    parts.chain.set_schedule([next(m for m in thriftiest if m in modes) for modes in parts.chain.options()])
+    batch = fetch(parts.train, np.arange(config.micro_batch or 1) % len(parts.train))
+    loss = SummedLoss(parts.model, parts.loss_fn, config.precision)
+    with torch.enable_grad():
+        loss(move_batch(batch, torch.device("cpu"), config.precision)).backward()
