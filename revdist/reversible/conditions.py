@@ -17,22 +17,24 @@ from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.reversible.buffers import MutableBuffers, substitutes
 from revdist.reversible.notes import Notes
 
+AutocastState = tuple[tuple[str, bool, torch.dtype, bool], ...]
+"""Per device type: its name, whether autocast is on, to which type, and whether casts are cached."""
+
 
 class Ambience:
     """Random state and autocast at one point of a forward; operators between which neither changed share one."""
 
     __slots__ = ("_autocast", "_device", "_random")
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, autocast: AutocastState | None = None) -> None:
         self._device = device
         self._random = _random_state(device)
-        self._autocast = _autocast_state(device)
+        self._autocast = _autocast_state(device) if autocast is None else autocast
 
     def now(self) -> Ambience:
-        """The present state: this very object where nothing changed, so that nothing more is kept."""
-        present = Ambience(self._device)
-        same = all(map(torch.equal, self._random, present._random)) and self._autocast == present._autocast
-        return self if same else present
+        """The present random state: this very object where nobody drew, so that nothing more is kept."""
+        present = Ambience(self._device, self._autocast)
+        return self if present._random == self._random else present
 
     def enter(self, stack: contextlib.ExitStack, *, random: bool) -> None:
         """Autocast as it was until the stack unwinds; if `random`, the present random state comes back then."""
@@ -58,7 +60,7 @@ class Conditions:
         self._name = name
         self._ambience = ambience
         self._drew = True
-        self._modules = tuple(module.modules())
+        self._modules = _members(module)
         self._flags = [member.training for member in self._modules]
         self._parameters = [p for member in self._modules for p in member._parameters.values() if p is not None]
         self._versions = [parameter._version for parameter in self._parameters]
@@ -72,9 +74,11 @@ class Conditions:
         self._drew = ambience is not self._ambience
         self._lost = buffers.learn(self._snapshots, training=self._flags[0])
 
-    def buffer_ids(self) -> set[int]:
-        """Identities of the operator's buffers as they are now."""
-        return {id(buffer) for member in self._modules for buffer in member._buffers.values() if buffer is not None}
+    def owned_ids(self) -> set[int]:
+        """Identities of the operator's parameters, and of its buffers as they are now."""
+        owned = {id(buffer) for member in self._modules for buffer in member._buffers.values()}
+        owned.update(map(id, self._parameters))
+        return owned
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
@@ -119,20 +123,33 @@ class Conditions:
             member._buffers.update(named)
 
 
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+def _members(module: nn.Module) -> list[nn.Module]:
+    """The module and all below it, each once; `Module.modules` makes a name for each and takes much longer."""
+    members = {module: None}
+    pending = [module]
+    while pending:
+        for child in pending.pop()._modules.values():
+            if child is not None and child not in members:
+                members[child] = None
+                pending.append(child)
+    return list(members)
+
+
+def _random_state(device: torch.device) -> tuple[bytes, ...]:
+    """As bytes: quick to compare, and not on the books of a CPU device."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
-    return tuple(states)
+    return tuple(state.numpy().tobytes() for state in states)
 
 
-def _set_random_state(device: torch.device, states: tuple[Tensor, ...]) -> None:
-    torch.set_rng_state(states[0])
+def _set_random_state(device: torch.device, states: tuple[bytes, ...]) -> None:
+    torch.set_rng_state(torch.frombuffer(bytearray(states[0]), dtype=torch.uint8))
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(states[1]), dtype=torch.uint8), device)
 
 
-def _autocast_state(device: torch.device) -> tuple[tuple[str, bool, torch.dtype, bool], ...]:
+def _autocast_state(device: torch.device) -> AutocastState:
     cached = torch.is_autocast_cache_enabled()
     return tuple(
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), cached)

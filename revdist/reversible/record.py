@@ -11,6 +11,7 @@ owns the one after it until it has got its outputs, since those may have to be r
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -23,7 +24,7 @@ from revdist.planning.costs import Mode
 from revdist.reversible.conditions import Ambience, Conditions
 from revdist.reversible.notes import Notes
 from revdist.reversible.operator import Operator, Streams
-from revdist.reversible.replay import Replay, is_owned
+from revdist.reversible.replay import Complete, Replay
 
 
 class Boundary:
@@ -76,7 +77,7 @@ class Owned:
 
     def __init__(self, record: Record, tensor: Tensor) -> None:
         self.record = record
-        self.tensor = tensor.detach()
+        self.tensor = tensor if tensor._base is None else tensor.detach()
         self.version = tensor._version
 
 
@@ -95,7 +96,7 @@ class Record:
     """One forward of one operator, and how its backward gets what it needs."""
 
     __slots__ = (
-        "__weakref__", "_after", "_before", "_buffer_ids", "_conditions", "_first_size", "_handles", "_inputs",
+        "__weakref__", "_after", "_before", "_conditions", "_first_size", "_handles", "_inputs", "_owned_ids",
         "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "mode", "operator",
     )  # fmt: skip
 
@@ -120,7 +121,7 @@ class Record:
         """Whether the forward has ended and what comes after it is known."""
         self._inputs = tuple((stream.requires_grad, stream.dtype) for stream in inputs)
         self._conditions = Conditions(operator.name, operator.module, ambience, operator.mutable_buffers)
-        self._buffer_ids = self._conditions.buffer_ids()
+        self._owned_ids = self._conditions.owned_ids()
         self._handles: list[weakref.ref[Handle]] = []
         self._rebuilt: Streams | None = None
         self._before = weakref.ref(before) if before is not None else None
@@ -136,7 +137,8 @@ class Record:
 
     def pack(self, tensor: Tensor) -> Handle | Owned:
         """Called by autograd with each tensor that the forward saves."""
-        if is_owned(tensor, self._buffer_ids):
+        base = tensor._base
+        if id(tensor if base is None else base) in self._owned_ids:
             return Owned(self, tensor)
         handle = Handle(self, tensor, keep=self.mode is Mode.SAVE)
         self._handles.append(weakref.ref(handle))
@@ -193,20 +195,28 @@ class Record:
             self._rebuild()
 
     def _rebuild(self) -> None:
-        replay = Replay(self._conditions, self._inputs, len(self._handles))
         if self.boundary is not None:
-            with self._conditions.restored():
-                self.operator.rerun(self.boundary.read(), replay)
-            self._fill(replay.captured)
-            return
+            self._rerun(self.boundary.read())
+        else:
+            self._invert_and_capture()
+
+    def _rerun(self, inputs: Streams) -> None:
+        replay = Replay(self._conditions, self._inputs, len(self._handles), inputs_wanted=False)
+        with self._conditions.restored(), contextlib.suppress(Complete):
+            self.operator.rerun(inputs, replay)
+        self._fill(replay.captured)
+
+    def _invert_and_capture(self) -> None:
+        before = self._before() if self._before is not None else None
+        wanted = before is not None and before.boundary is None  # the record before is to be inverted too
+        replay = Replay(self._conditions, self._inputs, len(self._handles), inputs_wanted=wanted)
         outputs = self._outputs()
-        with self._conditions.restored():
+        with self._conditions.restored(), contextlib.suppress(Complete):
             inputs = self.operator.rebuild(outputs, replay)
+            if wanted:
+                self._rebuilt = self._typed(inputs)
         self._fill(replay.captured)
         self._release_after()
-        before = self._before() if self._before is not None else None
-        if before is not None and before.boundary is None:
-            self._rebuilt = self._typed(inputs)
 
     def _fill(self, captured: list[tuple[Tensor, int]]) -> None:
         if len(captured) != len(self._handles):
@@ -247,7 +257,7 @@ class Record:
         return after
 
     def _invert(self, outputs: Streams) -> Streams:
-        replay = Replay(self._conditions, self._inputs, 0)
+        replay = Replay(self._conditions, self._inputs, 0, inputs_wanted=True)
         with self._conditions.restored(), replay.inverting():
             return self._typed(self.operator.inverse(self._converted(outputs)))
 

@@ -36,18 +36,15 @@ def inside_operator() -> Iterator[None]:
         _nesting.active = before
 
 
-def is_owned(tensor: Tensor, buffer_ids: set[int]) -> bool:
-    """Whether the tensor is a parameter or buffer or a view of one: it stays whatever the schedule says."""
-    base = tensor._base
-    if base is None:
-        base = tensor
-    return isinstance(base, torch.nn.Parameter) or id(base) in buffer_ids
+class Complete(BaseException):
+    """Raised inside an operator when all that was wanted of its run is there; never leaves this package."""
 
 
 class Replay:
     """What an operator's `rebuild` works with: capture, and leaves that require grad as the inputs did.
 
-    Used inside `Conditions.restored`.
+    Used inside `Conditions.restored`. Where the inputs are not wanted, the run ends with `Complete` as
+    soon as everything is captured, which saves what the operator computes last.
 
     `captured` holds tensors in the order in which they were saved, each with its version then.
     """
@@ -57,11 +54,14 @@ class Replay:
         conditions: Conditions,
         inputs: tuple[tuple[bool, torch.dtype], ...],
         num_expected: int,
+        *,
+        inputs_wanted: bool,
     ) -> None:
         self._conditions = conditions
         self._inputs = inputs
         self._num_expected = num_expected
-        self._buffer_ids: set[int] = set()
+        self._inputs_wanted = inputs_wanted
+        self._owned_ids: set[int] = set()
         self.captured: list[tuple[Tensor, int]] = []
 
     @property
@@ -78,7 +78,7 @@ class Replay:
     def capturing(self) -> Iterator[None]:
         """Run the forward, or its next part, and keep what it saves."""
         self._conditions.rewind()
-        self._buffer_ids = self._conditions.buffer_ids()
+        self._owned_ids = self._conditions.owned_ids()
         hooks = saved_tensors_hooks(self._capture, _never)
         with inside_operator(), self._conditions.notes.reading(), torch.enable_grad(), hooks:
             yield
@@ -91,8 +91,11 @@ class Replay:
             yield
 
     def _capture(self, tensor: Tensor) -> None:
-        if not is_owned(tensor, self._buffer_ids):
+        base = tensor._base
+        if id(tensor if base is None else base) not in self._owned_ids:
             self.captured.append((tensor.detach(), tensor._version))
+            if self.complete and not self._inputs_wanted:
+                raise Complete
 
 
 def _never(_: Any) -> NoReturn:
