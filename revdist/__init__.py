@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from revdist.cluster.observer import Observer
     from revdist.cluster.trainer import Result, Trainer
     from revdist.config import RunConfig
-    from revdist.devices import list_devices as devices
+    from revdist import devices
     from revdist.planning.costs import Mode, Option, Plan, Profile, Schedule
     from revdist.planning.frontier import Frontier, solve
     from revdist.reversible import ReversibleChain, apply, profile
@@ -33,7 +33,7 @@ _HOMES = {
     "Schedule": "revdist.planning.costs:Schedule",
     "Trainer": "revdist.cluster.trainer:Trainer",
     "apply": "revdist.reversible:apply",
-    "devices": "revdist.devices:list_devices",
+    "devices": "revdist.devices",
     "profile": "revdist.reversible:profile",
     "solve": "revdist.planning.frontier:solve",
 }
@@ -61,7 +61,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'revdist' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")
-    value = getattr(importlib.import_module(module), attribute)
+    value: Any = importlib.import_module(module)
+    if attribute:
+        value = getattr(value, attribute)
     globals()[name] = value
     return value
 
