@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from revdist import __version__
 from revdist.errors import RevdistError, UsageError
 
 if TYPE_CHECKING:
@@ -86,9 +87,7 @@ def _traceback_wanted() -> bool:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        console.print(f"revdist {version('revdist')}", highlight=False)
+        console.print(f"revdist {__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -159,6 +158,43 @@ def _read_config(path: Path, overrides: list[str]) -> RunConfig:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     return RunConfig.from_yaml(path, overrides)
+
+
+@app.command()
+@reported
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file of a run; not needed with --device-profile.")
+    ] = None,
+    overrides: Overrides = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", metavar="SIZE", help="A budget to look at, 6GiB; more than once for more."),
+    ] = None,
+    device_profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Plan for the device whose profile this is; nothing is measured."),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the profile, for --device-profile elsewhere.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run one step and draw its memory over the predicted one.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.png|.html", help="Draw the plan into this file.")] = None,
+) -> None:
+    """Show the best schedule for every budget, and what more memory would buy; train nothing."""
+    from revdist.reporting.plan_report import PlanRequest, report_plan
+
+    request = PlanRequest(
+        config=None if config is None else _read_config(config, overrides or []),
+        budgets=tuple(budget or ()),
+        device_profile=device_profile,
+        export=export,
+        measure=measure,
+        out=out,
+    )
+    report_plan(console, request)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing beside it, for a browser or an attachment."""
+"""Pages of a run and of a plan: one HTML file that needs nothing beside it, for a browser or an attachment."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from revdist.reporting.figure import to_svg
 from revdist.reporting.history import Line, RunHistory, read_history
 from revdist.reporting.palette import MODE_COLORS, MODE_OF_LETTER, MODE_WORDS
 from revdist.reporting.phrases import REASONS, mode_counts, rate, seconds
+from revdist.reporting.plan_study import Study, best_batch, headline, letter, one_more
 from revdist.reporting.run_figures import MAX_RANKS, learning_figure, memory_figure
 from revdist.reporting.summary import gain_sentences
 
@@ -39,15 +40,9 @@ def write_report(run_dir: Path) -> Path:
 
 def render_report(history: RunHistory) -> str:
     """The page. Everything that came from the run is escaped: names, details, configuration."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("revdist.reporting", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(bytes=format_bytes, seconds=seconds, rate=rate)
-    return environment.get_template("report.html.jinja").render(
+    return _render(
+        "report.html.jinja",
+        title=history.name,
         history=history,
         facts=_facts(history),
         gains=_gains(history),
@@ -57,8 +52,50 @@ def render_report(history: RunHistory) -> str:
         hidden_plans=max(0, len(history.plans) - MAX_ROWS),
         hidden_events=max(0, len(history.events) - MAX_ROWS),
         hidden_ranks=max(0, len(history.ranks) - MAX_RANKS),
-        modes=[(mode.letter, mode.value, MODE_WORDS[mode], MODE_COLORS[mode]) for mode in Mode],
     )
+
+
+def plan_page(found: Study, figure: Figure, *, title: str) -> str:
+    """What `revdist plan` knows, as a page."""
+    rows = [
+        {
+            "letter": letter(index),
+            "device": choice.device,
+            "budget_bytes": choice.budget_bytes,
+            "need_bytes": choice.schedule.need_bytes,
+            "extra_s": choice.schedule.extra_s,
+            "best": best_batch(found, choice.budget_bytes),
+            **_strip(choice.schedule.strip),
+        }
+        for index, choice in enumerate(found.choices)
+    ]
+    return _render(
+        "plan.html.jinja",
+        title=title,
+        headline=headline(found),
+        sentence=one_more(found),
+        rows=rows,
+        figure=figure_uri(figure),
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("revdist.reporting", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(bytes=format_bytes, seconds=seconds, rate=rate)
+    modes = [(mode.letter, mode.value, MODE_WORDS[mode], MODE_COLORS[mode]) for mode in Mode]
+    return environment.get_template(template).render(modes=modes, **values)
+
+
+def _strip(strip: str) -> dict[str, Any]:
+    """A schedule as cells to draw and as words."""
+    cells = [(mode, MODE_COLORS[MODE_OF_LETTER[mode]]) for mode in strip if mode in MODE_OF_LETTER]
+    return {"strip": strip, "cells": cells, "counts": mode_counts(strip)}
 
 
 def figure_uri(figure: Figure) -> str:
@@ -100,13 +137,12 @@ def _gains(history: RunHistory) -> dict[str, Any]:
 
 
 def _plan_row(history: RunHistory, plan: Line) -> dict[str, Any]:
-    strip = str(plan.get("strip", ""))
+    reason = str(plan.get("reason"))
     return {
         **plan,
         "at": plan["time"] - history.start_s,
-        "why": REASONS.get(str(plan.get("reason")), str(plan.get("reason"))),
-        "cells": [(letter, MODE_COLORS[MODE_OF_LETTER[letter]]) for letter in strip if letter in MODE_OF_LETTER],
-        "counts": mode_counts(strip),
+        "why": REASONS.get(reason, reason),
+        **_strip(str(plan.get("strip", ""))),
     }
 
 

@@ -17,7 +17,7 @@ from revdist.planning.replay import replay
 from revdist.reporting.figure import house_style, mode_handles, new_figure, operators_axis
 from revdist.reporting.palette import FAINT, INK, MODE_COLORS, MUTED, RANK_COLORS
 from revdist.reporting.phrases import byte_unit, letters_used, rate, time_unit
-from revdist.reporting.plan_study import Choice, Study, focus, letter
+from revdist.reporting.plan_study import Choice, Study, letter
 
 ACCENT = RANK_COLORS[0]
 
@@ -33,7 +33,7 @@ def plan_figure(found: Study, *, measured_bytes: Sequence[int] = (), title: str 
         figure, panels = new_figure(heights)
         frontier(panels[0], found)
         strips(panels[1], found.choices, names=found.profile.operator_names)
-        timeline(panels[2], found.profile, focus(found), measured_bytes=measured_bytes)
+        timeline(panels[2], found.profile, found.focus, measured_bytes=measured_bytes)
         if found.curves:
             batches(panels[3], found)
         if title:
@@ -108,7 +108,10 @@ def strips(axes: Axes, choices: Sequence[Choice], *, names: Sequence[str] = ()) 
         edgecolors="white",
         linewidth=1.2 if num_operators <= 120 else 0,
     )
-    labels = [f"{letter(index)}   {format_bytes(choice.budget_bytes)}" for index, choice in enumerate(choices)]
+    labels = [
+        f"{choice.device}  {letter(index)}   {format_bytes(choice.budget_bytes)}".strip()
+        for index, choice in enumerate(choices)
+    ]
     axes.set_yticks(range(len(choices)), labels)
     axes.invert_yaxis()
     axes.grid(visible=False)

@@ -10,28 +10,17 @@ from rich.text import Text
 
 from revdist.errors import format_bytes
 from revdist.reporting.phrases import letters_used, rate, seconds
-from revdist.reporting.plan_study import Study, best_batch, letter, one_more
+from revdist.reporting.plan_study import Study, best_batch, headline, letter, one_more
 from revdist.reporting.strips import Strip, legend
 
 
 def study_view(found: Study) -> RenderableType:
-    parts: list[RenderableType] = [Text(_headline(found)), Text(), _table(found)]
+    parts: list[RenderableType] = [Text(headline(found)), Text(), _table(found)]
     strips = [choice.schedule.strip for choice in found.choices]
     parts.append(Padding(legend(letters_used(strips)), (0, 0, 1, 1)))
     parts += [Text(_too_small(found, budget), style="yellow") for budget in found.too_small]
     parts.append(Text(one_more(found), style="bold"))
     return Group(*parts)
-
-
-def _headline(found: Study) -> str:
-    """`14 operators, micro-batch 32: 354 ms at best; 312 schedules on the frontier, exact`."""
-    profile, frontier = found.profile, found.frontier
-    kind = "exact" if frontier.guarantee == 0 else f"within {frontier.guarantee:.1%} of the optimum"
-    device = f" on {profile.device}" if profile.device else ""
-    return (
-        f"{profile.num_operators} operators{device}, micro-batch {profile.micro_batch}: "
-        f"{seconds(profile.base_s)} at best; {len(frontier)} schedules on the frontier, {kind}"
-    )
 
 
 def _too_small(found: Study, budget_bytes: int) -> str:
@@ -43,7 +32,7 @@ def _too_small(found: Study, budget_bytes: int) -> str:
 
 def _table(found: Study) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="dim", expand=True)
-    table.add_column("", style="bold")
+    table.add_column("", style="bold", no_wrap=True)
     table.add_column("budget", justify="right", no_wrap=True)
     table.add_column("extra time", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=6)
@@ -56,7 +45,11 @@ def _table(found: Study) -> Table:
     for index, choice in enumerate(found.choices):
         extra_s = choice.schedule.extra_s
         bar = ProgressBar(most, extra_s, width=8, complete_style="yellow", finished_style="yellow")
-        row: list[RenderableType] = [letter(index), format_bytes(choice.budget_bytes), seconds(extra_s)]
+        row: list[RenderableType] = [
+            f"{letter(index)} {choice.device}".strip(),
+            format_bytes(choice.budget_bytes),
+            seconds(extra_s),
+        ]
         row += [f"+{extra_s / base_s:.0%}" if base_s else "", bar]
         if found.curves:
             best = best_batch(found, choice.budget_bytes)

@@ -16,7 +16,7 @@ from revdist.planning.replay import replay
 from revdist.reporting.figure import save_png, to_svg
 from revdist.reporting.history import read_history
 from revdist.reporting.plan_figures import plan_figure
-from revdist.reporting.plan_study import focus, study
+from revdist.reporting.plan_study import study
 from revdist.reporting.run_figures import MAX_POINTS, learning_figure, memory_figure
 
 PNG = b"\x89PNG"
@@ -50,7 +50,7 @@ def test_the_frontier_is_drawn_where_it_is() -> None:
 
 def test_a_measured_timeline_is_laid_over_the_predicted_one() -> None:
     found = study([profile()])
-    moments = replay(found.profile, focus(found).schedule.modes).timeline
+    moments = replay(found.profile, found.focus.schedule.modes).timeline
     measured = [moment.held_bytes for moment in moments]
     texts = [text.get_text() for text in plan_figure(found, measured_bytes=measured).axes[2].get_legend().get_texts()]
     assert "measured at its start" in texts

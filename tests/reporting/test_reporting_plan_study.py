@@ -9,7 +9,6 @@ from revdist.planning.replay import replay
 from revdist.reporting.plan_study import (
     REACH,
     best_batch,
-    focus,
     letter,
     one_more,
     step_bytes,
@@ -26,7 +25,7 @@ def test_without_budgets_the_study_spans_the_frontier() -> None:
     assert len(found.choices) == 5
     assert found.choices[0].budget_bytes == found.frontier.minimum_bytes
     assert found.choices[-1].schedule.extra_s == 0
-    assert focus(found) is found.choices[2]
+    assert found.focus is found.choices[2]
     assert found.curves == ()
 
 
@@ -34,7 +33,7 @@ def test_every_choice_fits_its_budget_in_replay() -> None:
     found = study([profile()], [8 * MIB, 12 * MIB])
     for choice in found.choices:
         assert replay(found.profile, choice.schedule.modes).need_bytes <= choice.budget_bytes
-    assert focus(found).budget_bytes == 12 * MIB
+    assert found.focus.budget_bytes == 12 * MIB
 
 
 def test_budgets_that_hold_nothing_are_named_unless_all_are() -> None:
@@ -43,6 +42,21 @@ def test_budgets_that_hold_nothing_are_named_unless_all_are() -> None:
     assert [choice.budget_bytes for choice in found.choices] == [16 * MIB]
     with pytest.raises(BudgetTooSmall):
         study([profile()], [KIB])
+
+
+def test_devices_are_looked_at_by_name_and_the_smallest_closely() -> None:
+    found = study([profile()], devices={"large": 16 * MIB, "small": 9 * MIB})
+    named = {choice.device: choice.budget_bytes for choice in found.choices if choice.device}
+    assert named == {"small": 9 * MIB, "large": 16 * MIB}
+    assert found.focus.device == "small"
+    assert len(found.choices) == 7
+    assert one_more(found).startswith("small: at 9.0 MiB")
+
+
+def test_a_device_too_small_for_the_micro_batch_is_named_too_small() -> None:
+    found = study([profile()], devices={"tiny": KIB})
+    assert found.too_small == (KIB,)
+    assert found.focus is found.choices[0]
 
 
 def test_the_extremes_are_what_needs_no_planner() -> None:
