@@ -63,7 +63,8 @@ def frontier(axes: Axes, found: Study) -> None:
         axes.annotate(letter(index), point, ha="center", va="center_baseline", color="white", fontsize=8.5,
                       fontweight="bold", zorder=6, annotation_clip=False)  # fmt: skip
     axes.set_xlim(left / size, right / size)
-    axes.set_ylim(0, max(float(y.max()) * 1.14, 1e-9))
+    highest = max(float(extra[0]), found.all_invert.extra_s) / scale
+    axes.set_ylim(0, max(highest * 1.14, 1e-9))
     axes.set_title("Frontier: the least extra time at every budget")
     axes.set_xlabel(f"activation budget ({unit})")
     axes.set_ylabel(f"extra time ({time_name})")
@@ -143,11 +144,11 @@ def timeline(
     edges = np.arange(len(moments) + 1)
     held = np.array([moment.held_bytes for moment in moments]) / size
     peak = np.array([moment.peak_bytes for moment in moments]) / size
-    axes.stairs(peak, edges, fill=True, color=ACCENT, alpha=0.28, label="working, on top")
-    axes.stairs(held, edges, fill=True, color=ACCENT, alpha=0.75, label="held for the backward")
+    axes.stairs(peak, edges, fill=True, color=ACCENT, alpha=0.28, label="working")
+    axes.stairs(held, edges, fill=True, color=ACCENT, alpha=0.75, label="held")
     if len(measured_bytes) == len(moments):
         measured = np.asarray(measured_bytes) / size
-        axes.plot(edges[:-1], measured, color=INK, linewidth=1.3, label="measured at its start")
+        axes.plot(edges[:-1], measured, color=INK, linewidth=1.3, label="measured")
     axes.axhline(budget_bytes / size, color=RANK_COLORS[1], linestyle=(0, (5, 3)), linewidth=1.4, label="budget")
     middle = len(moments) / 2
     axes.axvline(middle, color=MUTED, linewidth=0.8)

@@ -41,6 +41,13 @@ class PlanRequest:
             raise UsageError(f"--out {self.out} ends in {self.out.suffix or 'nothing'}; let it end in .png or .html")
 
     @property
+    def title(self) -> str:
+        if self.config is not None:
+            return self.config.name
+        assert self.device_profile is not None
+        return self.device_profile.stem
+
+    @property
     def budgets_bytes(self) -> tuple[int, ...]:
         try:
             return tuple(parse_bytes(budget) for budget in self.budgets)
@@ -72,9 +79,7 @@ def report_plan(console: Console, request: PlanRequest) -> None:
         write_profiles(request.export, profiles)
         console.print(f"wrote {request.export}", highlight=False, soft_wrap=True)
     if request.out is not None:
-        _draw(
-            request.out, found, measured, title=request.config.name if request.config else str(request.device_profile)
-        )
+        _draw(request.out, found, measured, title=request.title)
         console.print(f"wrote {request.out}", highlight=False, soft_wrap=True)
 
 
@@ -140,11 +145,12 @@ def _draw(path: Path, found: Study, measured: Measured | None, *, title: str) ->
     from revdist.reporting.html import plan_page
     from revdist.reporting.plan_figures import plan_figure
 
-    figure = plan_figure(found, measured_bytes=measured.held_bytes if measured else (), title=title)
+    held = measured.held_bytes if measured else ()
     try:
         if path.suffix == ".png":
-            save_png(figure, path)
+            save_png(plan_figure(found, measured_bytes=held, title=title), path)
         else:
-            path.write_text(plan_page(found, figure, title=title), encoding="utf-8")
+            page = plan_page(found, plan_figure(found, measured_bytes=held), title=title)
+            path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place with --out") from None
