@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
 
-from revdist.errors import BoundaryModified, ReplayDiverged, ReversibleError
+from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.planning.costs import Mode
 from revdist.reversible.conditions import Ambience, Conditions
 from revdist.reversible.notes import Notes
@@ -97,7 +97,7 @@ class Record:
 
     __slots__ = (
         "__weakref__", "_after", "_before", "_conditions", "_first_size", "_handles", "_inputs", "_owned_ids",
-        "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "mode", "operator",
+        "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "linked", "mode", "operator",
     )  # fmt: skip
 
     def __init__(
@@ -117,6 +117,8 @@ class Record:
         """The operator's inputs, held in every mode but INVERT so that the operator before can be inverted."""
         self.begun = False
         """Whether the backward has asked for a tensor."""
+        self.linked = True
+        """Whether a backward that frees the graph has yet to come."""
         self.complete = False
         """Whether the forward has ended and what comes after it is known."""
         self._inputs = tuple((stream.requires_grad, stream.dtype) for stream in inputs)
@@ -161,8 +163,10 @@ class Record:
     def begin(self) -> None:
         """The backward asks for its first tensor: from now on this record cannot be demoted."""
         self.begun = True
-        if self.mode is not Mode.INVERT:
-            self._after = None
+        if not _graph_is_kept():  # else another backward may come
+            self.linked = False
+            if self.mode is not Mode.INVERT:
+                self._after = None
 
     def tensors(self) -> Iterator[Tensor]:
         """What the record keeps in memory."""
@@ -249,11 +253,7 @@ class Record:
 
     def _source(self) -> Record | Exit:
         after = self._after() if isinstance(self._after, weakref.ref) else self._after
-        if after is None:
-            raise ReversibleError(
-                f"the output of operator {self.operator.name} cannot be rebuilt, for its graph has been freed: "
-                "pass retain_graph=True to the first backward"
-            )
+        assert after is not None, "the graph after this operator has been freed"
         return after
 
     def _invert(self, outputs: Streams) -> Streams:
@@ -269,14 +269,12 @@ class Record:
         return tuple(s.detach().to(dtype) for s, (_, dtype) in zip(inputs, self._inputs, strict=True))
 
     def _release_after(self) -> None:
-        """Let the record after this go with its graph; a kept graph keeps it for another backward."""
+        """The outputs are not needed any more: let the record after this go with its graph."""
         after = self._after
         if isinstance(after, Record):
             after._rebuilt = None
-            if after._handles:  # one without handles is kept by nothing but this
+            if after._handles and not _graph_is_kept():  # one without handles is kept by nothing but this
                 self._after = weakref.ref(after)
-        elif isinstance(after, weakref.ref) and (record := after()) is not None:
-            record._rebuilt = None
 
     def can_be_demoted(self) -> bool:
         """Whether this record keeps tensors that could be rebuilt later in this backward."""
@@ -313,7 +311,7 @@ def converted(streams: Streams, num_streams: int, dim: int, *, first_size: int =
 def unpack(handle: Handle | Owned) -> Tensor:
     """Called by autograd when the backward needs a saved tensor."""
     record = handle.record
-    if not record.begun:
+    if record.linked:
         record.begin()
     tensor = handle.tensor
     if tensor is None:

@@ -1,0 +1,270 @@
+"""A replay runs under the conditions of the forward and leaves nothing changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from reversible_models import (
+    Plain,
+    assert_close,
+    conv_chain,
+    gradients,
+    linear_chain,
+    schedules,
+    step,
+    twins,
+    uniform,
+)
+from torch import nn
+
+from revdist.errors import ReplayDiverged
+from revdist.planning.costs import Mode
+from revdist.reversible import AdditiveCoupling, ReversibleChain
+
+IMAGES = (3, 3, 8, 8)
+INVERT = (Mode.INVERT, Mode.RECOMPUTE)
+
+
+@pytest.fixture(params=["SAVE", "INVERT"])
+def modes(request):
+    return (Mode.SAVE,) if request.param == "SAVE" else INVERT
+
+
+def images() -> torch.Tensor:
+    return torch.randn(IMAGES, dtype=torch.float64)
+
+
+def test_dropout_masks_are_those_of_the_forward_and_the_random_stream_goes_on_undisturbed():
+    torch.manual_seed(0)
+    chain = conv_chain(dropout=0.5)
+    x = images()
+    results = []
+    for schedule in schedules(chain):
+        chain.set_schedule(schedule)
+        results.append([*step(chain, x), torch.get_rng_state().double()])
+    for result in results[1:]:
+        assert_close(result, results[0])
+
+
+def test_batch_norm_statistics_move_once_a_step(modes):
+    torch.manual_seed(0)
+    chain, plain = twins(conv_chain())
+    chain.set_schedule(uniform(chain, *modes))
+    x = images()
+    step(chain, x)
+    step(plain, x)
+    for one, other in zip(chain.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert all(int(module.num_batches_tracked) == 1 for module in chain.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+class PowerIteration(nn.Module):
+    """Divides by an estimate of its weight's norm that each forward improves in place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width))
+        self.register_buffer("direction", torch.randn(width))
+        self.register_buffer("mask", torch.ones(width))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.direction.copy_(nn.functional.normalize(self.weight @ self.direction, dim=0))
+        return x @ (self.weight / (self.weight @ self.direction).norm()) * self.mask
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_buffers_that_the_forward_writes_start_the_replay_as_they_started_the_forward(num_steps):
+    torch.manual_seed(0)
+    chain, plain = twins(
+        ReversibleChain([AdditiveCoupling(PowerIteration(3), PowerIteration(3)) for _ in range(3)]).double()
+    )
+    chain.set_schedule(uniform(chain, *INVERT))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for _ in range(num_steps):
+        assert_close(step(chain, x), step(plain, x))
+    for one, other in zip(chain.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_spectral_norm():
+    torch.manual_seed(0)
+
+    def branch():
+        return nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+
+    chain, plain = twins(ReversibleChain([AdditiveCoupling(branch(), branch()) for _ in range(2)]).double())
+    chain.set_schedule(uniform(chain, *INVERT))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for _ in range(2):
+        assert_close(step(chain, x), step(plain, x))
+
+
+@pytest.mark.parametrize("inside_backward", [False, True])
+def test_autocast_is_replayed(inside_backward):
+    torch.manual_seed(0)
+    chain = conv_chain(1).float()
+    plain = Plain(copy.deepcopy(chain))
+    x = torch.randn(IMAGES)
+    chain.set_schedule(uniform(chain, Mode.RECOMPUTE))
+    dtypes = []
+    chain.get_submodule("stem").register_forward_hook(lambda _module, _inputs, output: dtypes.append(output.dtype))
+    chain.get_submodule("narrow0.f").register_forward_hook(lambda _m, _i, output: dtypes.append(output.dtype))
+    for schedule in (uniform(chain, Mode.SAVE), uniform(chain, *INVERT)):
+        chain.set_schedule(schedule)
+        chain.zero_grad()
+        plain.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = chain(x).square().sum()
+            if inside_backward:
+                loss.backward()
+        if not inside_backward:
+            loss.backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = plain(x).square().sum()
+        loss.backward()
+        assert_close(gradients(chain), gradients(plain), 5e-2)
+    assert set(dtypes) == {torch.bfloat16}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_training_flags_are_those_of_the_forward():
+    torch.manual_seed(0)
+    chain, plain = twins(conv_chain(1))
+    chain.set_schedule(uniform(chain, *INVERT))
+    x = images()
+    for model in (chain, plain):
+        loss = model(x).square().sum()
+        model.eval()
+        loss.backward()
+        assert not any(module.training for module in model.modules())
+    assert_close(gradients(chain), gradients(plain))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "strided", "expanded"])
+def test_memory_layouts(layout, modes):
+    torch.manual_seed(0)
+    chain, plain = twins(conv_chain(1))
+    chain.set_schedule(uniform(chain, *modes))
+    x = images()
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "strided":
+        x = torch.randn(3, 6, 8, 16, dtype=torch.float64)[:, ::2, :, ::2]
+    else:
+        x = x[:1].expand(3, -1, -1, -1)
+    chain(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    assert_close(gradients(chain), gradients(plain))
+
+
+def test_no_grad_and_eval(modes):
+    torch.manual_seed(0)
+    chain, plain = twins(conv_chain(1))
+    chain.set_schedule(uniform(chain, *modes))
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(chain(x), plain(x))
+    with torch.inference_mode():
+        torch.testing.assert_close(chain.eval()(x), plain.eval()(x))
+    assert_close(step(chain, x), step(plain, x))
+
+
+def test_an_exception_in_the_forward_leaves_the_chain_usable(modes):
+    torch.manual_seed(0)
+    chain, plain = twins(conv_chain(1, dropout=0.2))
+    chain.set_schedule(uniform(chain, *modes))
+    with pytest.raises(RuntimeError, match="mid-step"), _failing(chain, on_call=1):
+        chain(images())
+    x = images()
+    for one, other in zip(plain.buffers(), chain.buffers(), strict=True):
+        one.copy_(other)
+    assert_close(step(chain, x), step(plain, x))
+
+
+def test_an_exception_in_a_replay_restores_what_it_changed_and_leaves_the_chain_usable():
+    torch.manual_seed(0)
+    chain, plain = twins(conv_chain(1, dropout=0.2))
+    chain.set_schedule(uniform(chain, *INVERT))
+    loss = chain(images()).sum()
+    buffers = [buffer.clone() for buffer in chain.buffers()]
+    chain.eval()
+    random_state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="mid-step"), _failing(chain, on_call=1):
+        loss.backward()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(a, b) for a, b in zip(chain.buffers(), buffers, strict=True))
+    assert not any(module.training for module in chain.modules())
+    chain.train()
+    x = images()
+    for one, other in zip(plain.buffers(), chain.buffers(), strict=True):
+        one.copy_(other)
+    assert_close(step(chain, x), step(plain, x))
+
+
+class _failing:  # noqa: N801
+    """Makes a layer in the middle of a branch raise."""
+
+    def __init__(self, chain: nn.Module, on_call: int) -> None:
+        self.layer = chain.get_submodule("narrow0.f.6")
+        self.on_call = on_call
+
+    def __enter__(self):
+        def fail(*_):
+            raise RuntimeError("mid-step")
+
+        self.hook = self.layer.register_forward_pre_hook(fail)
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+
+def test_an_operator_that_saves_other_tensors_when_run_again_is_refused():
+    class Fickle(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x.sin() if self.calls == 1 else x.sigmoid().sin()
+
+    chain = ReversibleChain([AdditiveCoupling(Fickle(), nn.Linear(3, 3)), AdditiveCoupling(Fickle(), nn.Linear(3, 3))])
+    chain.set_schedule(uniform(chain, *INVERT))
+    loss = chain(torch.randn(2, 6, requires_grad=True)).sum()
+    with pytest.raises(ReplayDiverged, match=r"operator 1\.f saved 1 tensors"):
+        loss.backward()
+
+
+def test_deepcopy_and_pickle_in_the_middle_of_a_step(modes):
+    torch.manual_seed(0)
+    chain = conv_chain(1)
+    chain.set_schedule(uniform(chain, *modes))
+    x = images()
+    loss = chain(x).square().sum()
+    copied = copy.deepcopy(chain)
+    pickled = pickle.loads(pickle.dumps(chain))
+    loss.backward()
+    expected = gradients(chain)
+    for other in (copied, pickled):
+        assert other.schedule == chain.schedule
+        other(x).square().sum().backward()
+        assert_close(gradients(other), expected)
+
+
+def test_state_dict_has_the_keys_of_the_modules():
+    chain = ReversibleChain({"stem": nn.Linear(4, 4), "block": AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2))})
+    assert list(chain.state_dict()) == [
+        "stem.weight", "stem.bias", "block.f.weight", "block.f.bias", "block.g.weight", "block.g.bias",
+    ]  # fmt: skip
+    numbered = nn.Sequential(*chain.children())
+    ReversibleChain(chain.children()).load_state_dict(numbered.state_dict())
+
+
+def test_a_replaced_branch_is_noticed():
+    chain = linear_chain()
+    chain.set_schedule(uniform(chain, *INVERT))
+    chain.get_submodule("1").f = nn.Linear(3, 3).double()
+    chain(torch.randn(4, 6, dtype=torch.float64)).sum().backward()
+    assert chain.get_submodule("1.f").weight.grad is not None

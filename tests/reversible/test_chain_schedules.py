@@ -1,0 +1,50 @@
+"""Schedules are data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reversible_models import (
+    conv_chain,
+    linear_chain,
+    uniform,
+)
+from torch import nn
+
+from revdist.errors import UsageError
+from revdist.planning.costs import Mode, Schedule
+from revdist.reversible import ReversibleChain, apply, find_chain
+
+IMAGES = (3, 3, 8, 8)
+INVERT = (Mode.INVERT, Mode.RECOMPUTE)
+
+
+@pytest.fixture(params=["SAVE", "INVERT"])
+def modes(request):
+    return (Mode.SAVE,) if request.param == "SAVE" else INVERT
+
+
+def images() -> torch.Tensor:
+    return torch.randn(IMAGES, dtype=torch.float64)
+
+
+def test_schedules_that_do_not_fit_are_refused():
+    chain = conv_chain(1)
+    with pytest.raises(UsageError, match="a schedule of 1 modes does not fit a chain of 9 operators"):
+        chain.set_schedule([Mode.SAVE])
+    with pytest.raises(UsageError, match="operator stem cannot take mode INVERT"):
+        chain.set_schedule([Mode.INVERT] * chain.num_operators)
+    with pytest.raises(UsageError, match="no ReversibleChain"):
+        apply(nn.Linear(2, 2), [])
+    with pytest.raises(UsageError, match="2 chains beside each other"):
+        find_chain(nn.Sequential(linear_chain(), linear_chain()))
+    with pytest.raises(UsageError, match="at least one operator"):
+        ReversibleChain([])
+
+
+def test_apply_takes_schedules_from_the_planner_and_through_wrappers():
+    chain = conv_chain(1)
+    modes = uniform(chain, *INVERT)
+    apply(nn.Sequential(chain), Schedule(modes=modes))
+    assert chain.schedule == modes
+    assert chain.operator_names[:4] == ("stem", "narrow0.f", "narrow0.g", "down")
