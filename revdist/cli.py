@@ -136,7 +136,7 @@ def launch(
         return
     from revdist.reporting.live import LiveView
 
-    with LiveView(console, name=settings.name, total_steps=settings.steps) as view:
+    with LiveView(console, name=settings.name) as view:
         Trainer(settings, observer=view, address=address, run_dir=run_dir, resume=resume).fit()
 
 

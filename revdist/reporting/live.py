@@ -33,12 +33,10 @@ EVENT_STYLES: Mapping[str, str] = {
 class LiveView(Observer):
     """Shows a run on a console while it goes on. Use it as a context manager, so that the terminal is given back."""
 
-    def __init__(
-        self, console: Console, *, name: str = "run", total_steps: int | None = None, screen: Screen | None = None
-    ) -> None:
+    def __init__(self, console: Console, *, name: str = "run", screen: Screen | None = None) -> None:
         self._console = console
         self._screen = screen or screen_for(console)
-        self._state = RunState(name, total_steps=total_steps)
+        self._state = RunState(name)
         self._is_open = False
 
     def __enter__(self) -> Self:
@@ -75,6 +73,8 @@ class LiveView(Observer):
     def on_event(self, event: Mapping[str, Any]) -> None:
         kind = str(event.get("kind", ""))
         rank = event.get("rank")
+        if kind == "start":
+            self._state.total_steps = event.get("num_steps")
         if kind == "lost" and rank in self._state.ranks:
             self._state.ranks[rank].lost = True
         if kind in EVENT_STYLES:

@@ -72,7 +72,7 @@ def write_run(run_dir: Path, *, steps: int = 240, finished: bool = True) -> Path
             }
         )
     events = [
-        event(0, "start", detail="2 replicas"),
+        event(0, "start", detail="2 replicas", num_steps=steps),
         event(squeeze, "co-tenant", device="CPU-0001", detail="takes 90.0 MiB"),
         event(squeeze, "replan", rank=1, detail="memory-lost"),
         event(relax, "co-tenant", device="CPU-0001", detail="gives it back"),

@@ -60,7 +60,7 @@ def play(view: LiveView, run_dir: Path) -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_run_is_told_from_start_to_end(tmp_path: Path, terminal: bool) -> None:
     out = console(terminal=terminal, width=140)
-    with LiveView(out, name="sample", total_steps=60) as view:
+    with LiveView(out, name="sample") as view:
         play(view, tmp_path / "run")
     text = text_of(out)
     assert f"sample on 2 devices, written to {tmp_path / 'run'}"[:60] in text
@@ -73,7 +73,7 @@ def test_a_run_is_told_from_start_to_end(tmp_path: Path, terminal: bool) -> None
 
 def test_a_terminal_shows_the_table_and_the_progress(tmp_path: Path) -> None:
     out = console(terminal=True)
-    with LiveView(out, total_steps=60) as view:
+    with LiveView(out) as view:
         play(view, tmp_path / "run")
     text = text_of(out)
     for part in ("device", "free", "budget", "schedule", "share", "samples/s", "peak/predicted", "gen"):
@@ -86,8 +86,9 @@ def test_a_terminal_shows_the_table_and_the_progress(tmp_path: Path) -> None:
 def test_a_pipe_gets_a_line_now_and_then(tmp_path: Path) -> None:
     out, now = console(terminal=False), [0.0]
     screen = PlainScreen(out, clock=lambda: now[0])
-    with LiveView(out, total_steps=60, screen=screen) as view:
+    with LiveView(out, screen=screen) as view:
         view.on_start(tmp_path, [reading(0), reading(1)])
+        view.on_event(event(0, "start", num_steps=60))
         for step, line in enumerate(read_history(write_run(tmp_path / "run", steps=12)).metrics):
             now[0] = step * LINE_S / 4
             view.on_step(line)
@@ -125,8 +126,9 @@ def test_the_table_fits_eighty_columns_with_a_long_chain(tmp_path: Path) -> None
     out = console(terminal=True, width=80)
     line = plan(1, 0, START, 12, "start", 4096, 0) | {"strip": "I" * 500}
     line["schedule"] = {"modes": ["INVERT"] * 500, "extra_s": 0.1, "need_bytes": 900 * MIB}
-    with LiveView(out, total_steps=100_000) as view:
+    with LiveView(out) as view:
         view.on_start(tmp_path, [reading(0), reading(1)])
+        view.on_event(event(0, "start", num_steps=100_000))
         view.on_plan(plan_of(line | {"predicted_peak_bytes": 1000 * MIB}), 20 * MIB)
         view.on_step({"step": 99_999, "epoch": 120, "loss": 0.1234, "step_s": 0.5, "samples_per_s": 123456.0})
     rows = [row for row in text_of(out).splitlines() if "IIIIIIII" in row]
