@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from revdist.cluster.local import ray_cluster
 from revdist.cluster.observer import Observer
+from revdist.cluster.signals import StopRequest, stop_on_signals
 from revdist.config import RunConfig
+from revdist.devices.reading import Reading
+from revdist.errors import ConfigError, Preempted
 
 if TYPE_CHECKING:
-    from revdist.devices.reading import Reading
+    from revdist.cluster.actor import Location
+    from revdist.cluster.fleet import Fleet
+    from revdist.cluster.placement import Place
     from revdist.planning.costs import Plan
+    from revdist.training.orders import Assignment
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +70,117 @@ class Trainer:
         rank, its host, the cause and the remedy, Preempted after saving on SIGTERM, and
         KeyboardInterrupt after saving on SIGINT.
         """
-        raise NotImplementedError
+        run_dir = self._choose_run_dir()
+        with ray_cluster(self.address, num_workers=self._num_workers()), stop_on_signals() as stop:
+            try:
+                return self._fit(run_dir, stop)
+            except Preempted as error:
+                if error.facts.get("signal") == "SIGINT":
+                    raise KeyboardInterrupt(error.message) from error
+                raise
 
     def dry_run(self) -> tuple[Reading, ...]:
-        """Check everything up to training and return the devices the run would use, one per rank.
+        """The devices the run would use, one per rank, as they are now. Writes nothing; raises as `fit`."""
+        from revdist.training.factories import import_factory
 
-        Imports every factory and builds the model and the data; writes nothing. Raises as `fit`.
-        """
-        raise NotImplementedError
+        config = self.config
+        for path in (config.model.factory, config.data.factory, config.loss, config.optimizer.factory):
+            import_factory(path)
+        with ray_cluster(self.address, num_workers=self._num_workers()):
+            places, fleet = self._place()
+            try:
+                return tuple(location.reading for location in _locate(places, fleet))
+            finally:
+                fleet.kill()
+
+    def _fit(self, run_dir: Path, stop: StopRequest) -> Result:
+        # Ray is connected by now, and its modules can be imported.
+        from revdist.cluster.controller import Controller
+        from revdist.training.run_directory import RunWriter
+
+        places, fleet = self._place()
+        writer = RunWriter(run_dir)
+        try:
+            locations = _locate(places, fleet)
+            self.observer.on_start(run_dir, [location.reading for location in locations])
+            fleet.start(self._assignments(places, locations, run_dir))
+            controller = Controller(
+                self.config,
+                fleet,
+                locations,
+                writer,
+                self.observer,
+                checkpoint_folder=self._checkpoint_folder(run_dir),
+                stop_reason=stop,
+            )
+            summary = controller.run()
+            return Result(run_dir=run_dir, metrics=summary, plans=controller.final_plans)
+        finally:
+            writer.close()
+            fleet.kill()
+
+    def _place(self) -> tuple[Sequence[Place], Fleet]:
+        from revdist.cluster.fleet import Fleet, hosts
+        from revdist.cluster.placement import place
+
+        places = place(self.config, hosts())
+        return places, Fleet(places, threads=self.config.threads_per_worker)
+
+    def _assignments(self, places: Sequence[Place], locations: Sequence[Location], run_dir: Path) -> list[Assignment]:
+        from revdist.training.orders import Assignment, Rendezvous
+
+        prefix = f"revdist-{uuid.uuid4().hex[:12]}/0"
+        on_host: Counter[str] = Counter()
+        assignments = []
+        for place, location in zip(places, locations, strict=True):
+            rendezvous = Rendezvous(
+                host=locations[0].address,
+                port=locations[0].store_port,
+                prefix=prefix,
+                rank=place.rank,
+                world_size=len(places),
+                local_rank=on_host[place.node_id],
+                address=location.address,
+            )
+            on_host[place.node_id] += 1
+            assignments.append(
+                Assignment(
+                    config=self.config,
+                    rendezvous=rendezvous,
+                    checkpoints=self._checkpoint_folder(run_dir),
+                    resume=self.resume,
+                )
+            )
+        return assignments
+
+    def _choose_run_dir(self) -> Path:
+        """Absolute path of the run directory, which must hold a run to resume, or none."""
+        if self.run_dir is None:
+            if self.resume:
+                raise ConfigError("resume needs run_dir, the run directory to go on with")
+            from revdist.training.run_directory import default_run_dir
+
+            return default_run_dir(self.config.name, datetime.now()).absolute()
+        run_dir = Path(self.run_dir).absolute()
+        if self.resume:
+            from revdist.training.checkpoint_files import newest
+
+            newest(self._checkpoint_folder(run_dir))
+        elif (run_dir / "config.yaml").exists():
+            raise ConfigError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir")
+        return run_dir
+
+    def _checkpoint_folder(self, run_dir: Path) -> Path:
+        location = self.config.checkpoint.location
+        if "://" in location:
+            raise ConfigError(f"checkpoint.location {location!r} is a URL: give a folder that rank 0 can write")
+        return Path(location).absolute() if location else run_dir / "checkpoints"
+
+    def _num_workers(self) -> int:
+        """Cores that a cluster of our own must offer."""
+        num_devices = 1 if self.config.devices == "auto" else len(self.config.devices)
+        return num_devices * self.config.threads_per_worker
+
+
+def _locate(places: Sequence[Place], fleet: Fleet) -> list[Location]:
+    return fleet.locate([place.address for place in places])

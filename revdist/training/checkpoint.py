@@ -8,15 +8,12 @@ unpickler that knows its few classes alone, and the rest is JSON.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import pickle
-import re
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,9 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from revdist.errors import CheckpointError
+from revdist.training.checkpoint_files import PROGRESS_FILE, Progress, checkpoint_path, checkpoints
 
-_NAME = re.compile(r"step-(\d{9})")
-_PROGRESS = "progress.json"
 _INDEX = ".metadata"
 _INDEX_CLASSES = {
     ("pathlib", "PosixPath"),
@@ -47,37 +43,12 @@ _INDEX_CLASSES = {
 }
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """Where a run was when it was saved, and what its data order depends on."""
-
-    step: int
-    """Steps taken."""
-    seed: int
-    global_batch: int
-    num_samples: int
-    generation: int
-    shares: tuple[int, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Raises CheckpointError for anything that `to_json` did not write."""
-        try:
-            fields = json.loads(text)
-            return cls(**{**fields, "shares": tuple(fields["shares"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"not the progress of a run: {error}") from None
-
-
 def save(folder: Path, state: dict[str, Tensor], progress: Progress, *, keep: int) -> Path:
     """Write a checkpoint into `folder`, then remove all but the newest `keep`.
 
     Raises CheckpointError where it cannot be written; earlier checkpoints are untouched then.
     """
-    whole = folder / f"step-{progress.step:09d}"
+    whole = checkpoint_path(folder, progress.step)
     part = whole.with_suffix(".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -85,7 +56,7 @@ def save(folder: Path, state: dict[str, Tensor], progress: Progress, *, keep: in
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save_state(state, checkpoint_id=part, no_dist=True)
-        (part / _PROGRESS).write_text(progress.to_json(), encoding="utf-8")
+        (part / PROGRESS_FILE).write_text(progress.to_json(), encoding="utf-8")
         shutil.rmtree(whole, ignore_errors=True)
         os.replace(part, whole)
     except (OSError, CheckpointException) as error:
@@ -96,29 +67,6 @@ def save(folder: Path, state: dict[str, Tensor], progress: Progress, *, keep: in
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return whole
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints in a folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _PROGRESS).is_file())
-
-
-def newest(folder: Path) -> Path:
-    """The newest whole checkpoint. Raises CheckpointError where there is none."""
-    found = checkpoints(folder)
-    if not found:
-        raise CheckpointError(f"no checkpoint in {folder}: start the run without --resume")
-    return found[-1]
-
-
-def read_progress(path: Path) -> Progress:
-    """Where the run was. Raises CheckpointError."""
-    try:
-        return Progress.from_json((path / _PROGRESS).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -133,17 +81,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, CheckpointException) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
     return state
-
-
-def check_same_run(progress: Progress, *, seed: int, global_batch: int, num_samples: int) -> None:
-    """Raise CheckpointError unless the data order goes on where the checkpoint stopped."""
-    for name, here in (("seed", seed), ("global_batch", global_batch), ("num_samples", num_samples)):
-        there = getattr(progress, name)
-        if there != here:
-            raise CheckpointError(
-                f"the checkpoint has {name} {there}, this run {here}: samples would be repeated or left out; "
-                f"set {name} back or start a new run"
-            )
 
 
 def _allocate(name: str, entry: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -11,17 +10,7 @@ from torch import Tensor
 
 from revdist.training.data import consecutive, slice_of
 from revdist.training.replicated import Replicated, move_batch
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """How the model does on data it was not trained on."""
-
-    samples: int
-    loss: float
-    """Mean loss per sample."""
-    accuracy: float | None
-    """Share of samples whose largest output is the target; None where targets are no class numbers."""
+from revdist.training.reports import Score
 
 
 @torch.no_grad()

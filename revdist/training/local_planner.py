@@ -124,10 +124,17 @@ class LocalPlanner:
             reason=reason,
         )
 
-    def fastest_and_smallest(self) -> tuple[StepTimeCurve, StepTimeCurve]:
-        """Curves of the present budget, planned and with INVERT wherever it exists: what planning gains."""
+    def inverted_curve(self) -> StepTimeCurve:
+        """The curve of the present budget with INVERT wherever it exists, to compare with.
+
+        What does not fit with INVERT fits with nothing else, unless RECOMPUTE is thriftier somewhere:
+        then its smallest plan stands for it.
+        """
         inverted = [_only(profile, Mode.INVERT) for profile in self._profiles]
-        return self.curve, self._solve(inverted, self.budget_bytes)
+        try:
+            return self._solve(inverted, self.budget_bytes)
+        except BudgetTooSmall as error:
+            return self._solve(inverted, error.minimum_bytes)
 
     @property
     def _remedy(self) -> str:

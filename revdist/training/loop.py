@@ -20,7 +20,7 @@ from revdist.config import RunConfig
 from revdist.devices.device import Device, MemoryMeter
 from revdist.errors import NonFiniteLoss
 from revdist.planning.costs import Plan
-from revdist.training.agreement import Row, agree, mean_loss, must_redo, must_stop, next_generation
+from revdist.training.agreement import agree, mean_loss, must_redo, must_stop, next_generation
 from revdist.training.data import slice_of
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.local_step import LocalStep, Outcome
@@ -30,6 +30,7 @@ from revdist.training.orders import Inbox, Shares
 from revdist.training.parts import Parts
 from revdist.training.replicated import Replicated
 from revdist.training.reports import EventReport, Outbox, PlanReport, StepReport
+from revdist.training.row import Row
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

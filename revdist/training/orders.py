@@ -1,10 +1,43 @@
-"""What a replica is told while it trains, kept until the step boundary at which it holds."""
+"""What a replica is told: its assignment, and orders kept until the step boundary at which they hold."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
+from pathlib import Path
 from typing import final
+
+from revdist.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the ranks of a group meet, and who this one is among them."""
+
+    host: str
+    """Address of the store."""
+    port: int
+    prefix: str
+    """Name of this forming of the group."""
+    rank: int
+    world_size: int
+    local_rank: int = 0
+    """Number of this rank among those on its host."""
+    address: str = "127.0.0.1"
+    """This rank's own address, on the network that the ranks share."""
+    timeout_s: float = 300.0
+    """Longest wait for peers, in forming the group and in any collective."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a replica is to do, and as whom."""
+
+    config: RunConfig
+    rendezvous: Rendezvous
+    checkpoints: Path
+    """Folder of the run's checkpoints; written by rank 0."""
+    resume: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

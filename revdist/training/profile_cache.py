@@ -7,6 +7,7 @@ profile depends on; a file that cannot be read is as good as none.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import revdist
 from revdist.errors import InvalidCosts
 from revdist.planning.costs import Profile
 
@@ -34,7 +34,7 @@ def profile_key(
 ) -> str:
     """What a profile holds for, hashed: the model's modules and shapes, the batch, the device type, and versions."""
     facts = {
-        "revdist": revdist.__version__,
+        "revdist": importlib.metadata.version("revdist"),
         "torch": torch.__version__,
         "device": device_type,
         "micro_batch": micro_batch,

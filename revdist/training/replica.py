@@ -6,46 +6,32 @@ and an `Outbox`.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import socket
 import time
 import traceback
-from pathlib import Path
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
 
-from revdist.config import RunConfig
 from revdist.devices.device import Device
 from revdist.errors import DeviceError, RevdistError, RunFailed
-from revdist.training import checkpoint, group
-from revdist.training.evaluation import Score, evaluate
+from revdist.training import checkpoint, checkpoint_files, group
+from revdist.training.evaluation import evaluate
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.loop import Loop, Trained
 from revdist.training.memory import MemoryView, MemoryWatch
 from revdist.training.optimizer import build_optimizer, coming_state_bytes, state_bytes, step_peak_bytes
-from revdist.training.orders import Inbox
+from revdist.training.orders import Assignment, Inbox
 from revdist.training.parts import Parts, build_parts
 from revdist.training.profiling import Profiling, sizes_to_profile
 from revdist.training.replicated import Replicated
-from revdist.training.reports import CurveReport, EndReport, EventReport, FailureReport, Outbox, ProfileReport
+from revdist.training.reports import CurveReport, EndReport, EventReport, FailureReport, Outbox, ProfileReport, Score
 from revdist.training.shortage import explain_shortage
 from revdist.training.state import load_training_state, send_state, training_state
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """What a replica is to do, and as whom."""
-
-    config: RunConfig
-    rendezvous: group.Rendezvous
-    checkpoints: Path
-    """Folder of the run's checkpoints; written by rank 0."""
-    resume: bool
 
 
 @final
@@ -112,9 +98,20 @@ class Replica:
             trained = self._join(parts, profiles)
         except torch.OutOfMemoryError as error:
             raise explain_shortage(self._config, self._device, free_bytes) from error
-        curve = trained.planner.start(trained.memory.budget_bytes())
-        self._outbox.put(CurveReport(rank=self._rank, curve=curve, reason="start"))
+        trained.planner.start(trained.memory.budget_bytes())
+        self._report_curve(trained, "start")
         return trained
+
+    def _report_curve(self, trained: Trained, reason: str) -> None:
+        self._outbox.put(
+            CurveReport(
+                rank=self._rank,
+                curve=trained.planner.curve,
+                inverted=trained.planner.inverted_curve(),
+                reason=reason,
+                num_steps=trained.parts.num_steps,
+            )
+        )
 
     def _profile(self, parts: Parts) -> Any:
         profiling = Profiling(self._config, parts.model, parts.loss_fn, parts.train, self._device)
@@ -163,9 +160,9 @@ class Replica:
         """Take up the state of the newest checkpoint: rank 0 reads it and sends it to the others."""
         step = [0]
         if self._rank == 0:
-            newest = checkpoint.newest(self._assignment.checkpoints)
-            progress = checkpoint.read_progress(newest)
-            checkpoint.check_same_run(
+            newest = checkpoint_files.newest(self._assignment.checkpoints)
+            progress = checkpoint_files.read_progress(newest)
+            checkpoint_files.check_same_run(
                 progress,
                 seed=self._config.seed,
                 global_batch=self._config.global_batch,
@@ -179,8 +176,7 @@ class Replica:
 
     def _watch(self, trained: Trained, loop: Loop) -> MemoryWatch:
         def replanned(reason: str) -> None:
-            if self._config.replan.shares:
-                self._outbox.put(CurveReport(rank=self._rank, curve=trained.planner.curve, reason=reason))
+            self._report_curve(trained, reason)
 
         def lost(error: DeviceError) -> None:
             self._event("lost", str(error))
@@ -214,7 +210,7 @@ class Replica:
         trained.replicated.average_buffers(shares.by_rank[self._rank])
         if self._rank != 0:
             return
-        progress = checkpoint.Progress(
+        progress = checkpoint_files.Progress(
             step=self._loop.step,
             seed=self._config.seed,
             global_batch=self._config.global_batch,

@@ -10,8 +10,7 @@ from typing import Any, final
 from revdist.errors import RevdistError
 from revdist.planning.batch import StepTimeCurve
 from revdist.planning.costs import Plan
-from revdist.training.agreement import Row
-from revdist.training.evaluation import Score
+from revdist.training.row import Row
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +68,26 @@ class ProfileReport:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class CurveReport:
-    """New step-time curve of a replica whose memory has changed: the shares may have to follow."""
+    """Step-time curve of a replica at its first budget, or at a new one: the shares may have to follow."""
 
     rank: int
     curve: StepTimeCurve
+    inverted: StepTimeCurve
+    """The same with INVERT wherever it exists, to compare with."""
     reason: str
+    num_steps: int
+    """Length of the run."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """How the model does on data it was not trained on."""
+
+    samples: int
+    loss: float
+    """Mean loss per sample."""
+    accuracy: float | None
+    """Share of samples whose largest output is the target; None where targets are no class numbers."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,10 +62,6 @@ class RunWriter:
         self.path = path
         self._files: dict[str, TextIO] = {}
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
     def create(self, config: RunConfig) -> None:
         """Make the directory, readable by its owner's group at most, and write the configuration.
 

@@ -1,0 +1,150 @@
+"""The Ray actor of one device: hosts a replica, passes orders in and reports out while it trains.
+
+Importing this module loads neither torch nor what a replica needs: an actor answers as soon as its
+process is there, and loads the rest in the thread that trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+from revdist.config import CoTenantConfig, DeviceSpec
+from revdist.devices import open_device
+from revdist.devices.device import Device
+from revdist.devices.reading import Reading
+from revdist.errors import NoFreeDevice
+from revdist.training.network import listen
+
+if TYPE_CHECKING:
+    from revdist.training.orders import Assignment, Inbox, Shares
+    from revdist.training.replica import Replica
+    from revdist.training.reports import Outbox, Report
+
+NUM_THREADS = 6
+"""Calls an actor answers at once; one of them waits for reports."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """Where an actor runs, and on what."""
+
+    host: str
+    address: str
+    pid: int
+    store_port: int
+    """Where the group's store would listen, were this rank to host it."""
+    reading: Reading
+
+
+@final
+class ReplicaActor:
+    """One rank's process."""
+
+    def __init__(self, rank: int, spec: DeviceSpec, environment: Mapping[str, str], paths: Sequence[str]) -> None:
+        """environment, paths: the driver's settings and where it finds modules; nothing happens here otherwise."""
+        os.environ.update(environment)
+        sys.path.extend(path for path in paths if path not in sys.path)
+        self._rank = rank
+        self._spec = spec
+        self._device: Device | None = None
+        self._listener: socket.socket | None = None
+        self._inbox: Inbox | None = None
+        self._outbox: Outbox | None = None
+        self._replica: Replica | None = None
+        self._co_tenants: dict[CoTenantConfig, subprocess.Popen[bytes]] = {}
+
+    def locate(self, address: str) -> Location:
+        """Open the device, without computing on it, and bind the store's socket on the host's address.
+
+        Raises DeviceError or UsageError where the device cannot be opened.
+        """
+        self._device = open_device(
+            kind=self._spec.kind, name=self._spec.name, uuid=self._uuid(), capacity_bytes=self._spec.capacity
+        )
+        self._listener = listen(address)
+        return Location(
+            host=socket.gethostname(),
+            address=address,
+            pid=os.getpid(),
+            store_port=self._listener.getsockname()[1],
+            reading=self._device.read(),
+        )
+
+    def start(self, assignment: Assignment) -> None:
+        """Let the replica live, in a thread of its own."""
+        threading.Thread(
+            target=self._live, args=(assignment, self._channels()), name="revdist-train", daemon=True
+        ).start()
+
+    def reports(self, after: int, timeout_s: float) -> tuple[int, list[Report]]:
+        """Reports after number `after`, as `Outbox.read`."""
+        return self._channels()[1].read(after, timeout_s=timeout_s)
+
+    def adopt(self, shares: Shares) -> None:
+        """Keep new shares until all ranks have them."""
+        self._channels()[0].adopt(shares)
+
+    def stop(self, reason: str) -> None:
+        """Save and leave at the next step boundary."""
+        self._channels()[0].stop(reason)
+
+    def read(self) -> Reading:
+        """The device's memory now."""
+        assert self._device is not None
+        return self._device.read()
+
+    def status(self) -> dict[str, Any]:
+        """Where the replica is, for whoever attaches to a run."""
+        return {"rank": self._rank, "pid": os.getpid(), "step": 0 if self._replica is None else self._replica.step}
+
+    def start_co_tenant(self, co_tenant: CoTenantConfig) -> int:
+        """Let another process take memory of a device of this host; returns its pid."""
+        command = [sys.executable, "-m", "revdist.devices.co_tenant"]
+        command += ["--device", co_tenant.device, "--take", str(co_tenant.take)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        self._co_tenants[co_tenant] = process
+        return process.pid
+
+    def end_co_tenant(self, co_tenant: CoTenantConfig) -> None:
+        """Let it give the memory back: it ends when its input closes, as it does if this process dies."""
+        process = self._co_tenants.pop(co_tenant, None)
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+            process.wait(timeout=30)
+
+    def _live(self, assignment: Assignment, channels: tuple[Inbox, Outbox]) -> None:
+        from revdist.training.replica import Replica
+
+        assert self._device is not None
+        hosts_store = assignment.rendezvous.rank == 0
+        self._replica = Replica(assignment, self._device, *channels, self._listener if hosts_store else None)
+        self._replica.run()
+
+    def _channels(self) -> tuple[Inbox, Outbox]:
+        if self._inbox is None or self._outbox is None:
+            from revdist.training.orders import Inbox
+            from revdist.training.reports import Outbox
+
+            self._inbox, self._outbox = Inbox(), Outbox()
+        return self._inbox, self._outbox
+
+    def _uuid(self) -> str:
+        """The device's UUID: the one configured, else that of the GPU that Ray reserved for this actor."""
+        if self._spec.kind == "cpu" or self._spec.uuid:
+            return self._spec.uuid
+        import ray
+
+        from revdist.devices import list_devices
+
+        (assigned,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        for reading in list_devices():
+            if reading.kind == "cuda" and assigned in (str(reading.index), reading.uuid):
+                return reading.uuid
+        raise NoFreeDevice(f"Ray reserved GPU {assigned}, which the driver does not list: run `revdist devices` there")

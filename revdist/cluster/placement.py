@@ -1,0 +1,128 @@
+"""Which devices a run trains on, and on which host each replica goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from revdist.config import DeviceSpec, RunConfig
+from revdist.errors import NoFreeDevice
+from revdist.planning.split import equal_split
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A host of the cluster, with what Ray has free on it."""
+
+    node_id: str
+    address: str
+    cpus: float
+    gpus: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where one replica goes."""
+
+    rank: int
+    node_id: str
+    address: str
+    """Of the host, on the network that the cluster shares."""
+    spec: DeviceSpec
+    """With a name, where it is a CPU device."""
+
+
+def place(config: RunConfig, hosts: Sequence[Host]) -> tuple[Place, ...]:
+    """One place per replica, replicas of a host next to each other.
+
+    CPU devices are dealt out over the hosts in turn, GPUs go where Ray has them free.
+
+    Raises NoFreeDevice where the cluster has too few, BatchTooSmall where a replica would have no sample.
+    """
+    specs = _automatic(hosts) if config.devices == "auto" else list(config.devices)
+    if config.devices == "auto" and config.workers.max is not None:
+        specs = specs[: config.workers.max]
+    if len(specs) < config.workers.min:
+        raise NoFreeDevice(
+            f"{len(specs)} devices are free and the run wants {config.workers.min}: lower workers.min, "
+            "or list more devices (`revdist devices` shows what there is)"
+        )
+    equal_split(config.global_batch, len(specs))
+    homes = _Homes(hosts, threads=config.threads_per_worker)
+    chosen = [(homes.take(spec), spec) for spec in specs]
+    order = {host.node_id: number for number, host in enumerate(hosts)}
+    chosen.sort(key=lambda pair: order[pair[0].node_id])
+    return tuple(
+        Place(rank=rank, node_id=host.node_id, address=host.address, spec=spec)
+        for rank, (host, spec) in enumerate(_named(chosen))
+    )
+
+
+def _automatic(hosts: Sequence[Host]) -> list[DeviceSpec]:
+    """Every free GPU, else one CPU device a host."""
+    gpus = [DeviceSpec(kind="cuda") for host in hosts for _ in range(int(host.gpus))]
+    return gpus or [DeviceSpec(kind="cpu") for _ in hosts]
+
+
+class _Homes:
+    """Hosts with what is left of them as replicas are placed."""
+
+    def __init__(self, hosts: Sequence[Host], *, threads: int) -> None:
+        self._hosts = hosts
+        self._threads = threads
+        self._cpus = {host.node_id: host.cpus for host in hosts}
+        self._gpus = {host.node_id: host.gpus for host in hosts}
+        self._placed = {host.node_id: 0 for host in hosts}
+
+    def take(self, spec: DeviceSpec) -> Host:
+        fitting = [host for host in self._hosts if self._has_room(host, spec)]
+        if not fitting:
+            raise NoFreeDevice(self._why_not(spec))
+        # Python's sort is stable: among hosts with as few replicas, the first.
+        host = min(fitting, key=lambda host: self._placed[host.node_id])
+        self._cpus[host.node_id] -= self._threads
+        self._gpus[host.node_id] -= spec.kind == "cuda"
+        self._placed[host.node_id] += 1
+        return host
+
+    def _has_room(self, host: Host, spec: DeviceSpec) -> bool:
+        return self._cpus[host.node_id] >= self._threads and (spec.kind == "cpu" or self._gpus[host.node_id] >= 1)
+
+    def _why_not(self, spec: DeviceSpec) -> str:
+        if spec.kind == "cuda" and not any(self._gpus[host.node_id] >= 1 for host in self._hosts):
+            total = int(sum(host.gpus for host in self._hosts))
+            return (
+                f"no free GPU: the run wants another one and Ray has {total} free on {len(self._hosts)} hosts; "
+                "list CPU devices, or free a GPU (`revdist devices` shows who holds them)"
+            )
+        total = int(sum(host.cpus for host in self._hosts))
+        return (
+            f"no free core: each replica takes {self._threads} and Ray has {total} free on {len(self._hosts)} hosts; "
+            "list fewer devices, or end other jobs of the cluster"
+        )
+
+
+def _named(chosen: Sequence[tuple[Host, DeviceSpec]]) -> list[tuple[Host, DeviceSpec]]:
+    """Give every CPU device a name of its own on its host: those left out become cpu-0, cpu-1, ...
+
+    Raises NoFreeDevice where a host has a name twice.
+    """
+    taken = {(host.node_id, spec.name) for host, spec in chosen if spec.name}
+    used: set[tuple[str, str]] = set()
+    named = []
+    for host, spec in chosen:
+        if spec.kind == "cpu":
+            name = spec.name or next(
+                name
+                for number in range(len(chosen) + len(taken))
+                if (host.node_id, name := f"cpu-{number}") not in taken
+            )
+            if (host.node_id, name) in used:
+                raise NoFreeDevice(
+                    f"two replicas would share the device {name} on {host.address}: give each its own name"
+                )
+            used.add((host.node_id, name))
+            taken.add((host.node_id, name))
+            spec = spec.model_copy(update={"name": name})
+        named.append((host, spec))
+    return named
