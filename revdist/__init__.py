@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from revdist import devices
     from revdist.cluster.observer import Observer
     from revdist.cluster.trainer import Result, Trainer
     from revdist.config import RunConfig
-    from revdist import devices
     from revdist.planning.costs import Mode, Option, Plan, Profile, Schedule
     from revdist.planning.frontier import Frontier, solve
     from revdist.reversible import ReversibleChain, apply, profile
