@@ -23,9 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from revdist.errors import BudgetTooSmall, InvalidCosts
-from revdist.planning.costs import MAX_BYTES, Mode, Option, Profile, Schedule
+from revdist.planning.costs import MAX_BYTES, Mode, Profile, Schedule
+from revdist.planning.kernels import warm_up
 from revdist.planning.stages import MAX_OPTIONS, arrange
-from revdist.planning.sweep import CHOICES_PER_BYTE, sweep
+from revdist.planning.sweep import CHOICES_PER_BYTE, sweep, unpack
+
+__all__ = ["Frontier", "solve", "warm_up"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,10 +80,9 @@ class Frontier:
 
     def schedule(self, index: int) -> Schedule:
         """The schedule of one step of the frontier."""
-        shifts = np.arange(CHOICES_PER_BYTE, dtype=np.uint8) * 2
-        picked = ((self.choices[index][:, None] >> shifts) & (MAX_OPTIONS - 1)).ravel().tolist()
+        picked = unpack(self.choices[index], len(self.modes))
         return Schedule(
-            modes=tuple(options[choice] for options, choice in zip(self.modes, picked, strict=False)),
+            modes=tuple(options[choice] for options, choice in zip(self.modes, picked, strict=True)),
             extra_s=float(self.extra_s[index]),
             need_bytes=int(self.budgets_bytes[index]),
         )
@@ -159,12 +161,6 @@ def solve(profile: Profile, *, guarantee: float = 0.01, modes: Collection[Mode] 
         choices=solution.choices,
         guarantee=solution.guarantee,
     )
-
-
-def warm_up() -> None:
-    """Compile the solver, or load it from numba's cache, so that no later call pays for it."""
-    options = [Option(Mode.SAVE, 2, 1, 0.0, 1, True), Option(Mode.INVERT, 0, 1, 1.0)]
-    solve(Profile.from_options([options, options]))
 
 
 def _check_arrays(budgets: npt.NDArray[np.int64], extra_s: npt.NDArray[np.float64], guarantee: float) -> None:

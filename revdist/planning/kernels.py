@@ -178,3 +178,46 @@ def shares_within(
                 top = share - 1
         taken[i] = bottom
     return taken
+
+
+@compiled
+def prune(
+    need: Ints, time: Ints, room: int, least: int, most: int, held: Ints, ticks: Ints, target: float
+) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """Points of a suffix that can still lead to at most `target` ticks within `room`: positions and bounds.
+
+    least, most: bytes that the operators before can hold. held, ticks: breakpoints of the least time
+    those operators take by the bytes they may hold (convex, falling). A bound is a point's time plus that.
+    """
+    kept = np.empty(len(need), np.int64)
+    bounds = np.empty(len(need), np.float64)
+    count = 0
+    segment = len(held) - 1
+    for k in range(len(need)):
+        available = room - need[k]
+        if available < least:
+            break
+        if k + 1 < len(need) and need[k + 1] <= room - most:
+            continue  # the next point fits as surely and is faster
+        while segment > 0 and held[segment] > available:
+            segment -= 1
+        bound = float(time[k]) + float(ticks[segment])
+        if segment + 1 < len(held):
+            part = (available - held[segment]) / (held[segment + 1] - held[segment])
+            bound += part * (ticks[segment + 1] - ticks[segment])
+        if bound - 1.0 < target:  # a tick of room for rounding
+            kept[count] = k
+            bounds[count] = bound
+            count += 1
+    return kept[:count].copy(), bounds[:count].copy()
+
+
+def warm_up() -> None:
+    """Compile every kernel, or load it from numba's cache, so that no later call pays for it."""
+    one, two = np.ones(1, np.int64), np.arange(2, dtype=np.int64)
+    second, seconds = np.ones(1), np.ones(2)
+    need, time, links = extend(one, one, one, one, one, one, one, one)
+    thin(time, 1.0, 1.0)
+    prune(need, time, 1, two[0], two[1], two, two, 1.0)
+    walk(np.zeros(1, np.int64), np.zeros(1, np.int64), links, links, two, seconds, second, np.zeros(1, np.uint8), 0)
+    shares_within(1.0, two, one, second, second, second, one, one)

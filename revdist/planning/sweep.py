@@ -84,7 +84,7 @@ def sweep(stages: Stages, guarantee: float) -> Solution:
     Raises UsageError where the guarantee does not allow dropping enough points.
     """
     trim = Trim(stages, guarantee)
-    lists = _terminal()
+    lists = empty_suffix()
     segments: list[Segment] = []
     length = math.isqrt(stages.num_operators - 1) + 1
     for last in range(stages.num_operators, 0, -length):
@@ -97,10 +97,18 @@ def sweep(stages: Stages, guarantee: float) -> Solution:
     return _recover(stages, segments, trim, need, kept)
 
 
+def unpack(packed: npt.NDArray[np.uint8], num_operators: int) -> list[int]:
+    """Option of every operator from one row of `Solution.choices`."""
+    shifts = np.arange(CHOICES_PER_BYTE, dtype=np.uint8) * kernels.OPTION_BITS
+    picked = (packed[:, None] >> shifts) & (2**kernels.OPTION_BITS - 1)
+    return [int(choice) for choice in picked.ravel()[:num_operators].tolist()]
+
+
 class Trim:
     """Decides where lists are thinned, how far, and adds up what that may have cost."""
 
     def __init__(self, stages: Stages, guarantee: float) -> None:
+        self.stages = stages
         self.reference = stages.reference
         self.guarantee = guarantee
         self.allowed = math.log1p(guarantee)
@@ -116,7 +124,7 @@ class Trim:
     def plan(self, operator: int, time: Ints) -> float:
         """The ratio by which an operator's lists are to be thinned; 1.0 keeps every point."""
         if len(time) <= LIST_POINTS or self.guarantee == 0:
-            self.check(operator, len(time))
+            check_length(self.stages, operator, len(time))
             return 1.0
         left = self.allowed * (1 - ANSWER_SHARE) - self.spent
         self.ratios[operator] = self._ratio(time, left / (operator + 1), LIST_POINTS // 2)
@@ -136,21 +144,23 @@ class Trim:
         """Note the largest ratio that thinning made use of."""
         self.spent += math.log(worst)
 
-    def check(self, operator: int, length: int) -> None:
-        """Refuse lists that memory and time have no room for."""
-        if length > MOST_POINTS:
-            raise UsageError(
-                f"operators {operator} to {len(self.ratios) - 1} have {length} schedules worth keeping, over the "
-                f"limit of {MOST_POINTS}: allow a guarantee above {self.guarantee:g}, or use solve_at for one budget"
-            )
-
     def _ratio(self, time: Ints, most: float, points: int) -> float:
         """The ratio that leaves about `points` points, or that of a logarithm of `most` where that is less."""
         span = math.log((self.reference + float(time[0])) / (self.reference + float(time[-1])))
         return math.exp(min(most, span / points))
 
 
-def _terminal() -> Lists:
+def check_length(stages: Stages, operator: int, length: int) -> None:
+    """Refuse lists that memory and time have no room for."""
+    if length > MOST_POINTS:
+        raise UsageError(
+            f"operators {operator} to {stages.num_operators - 1} have {length} schedules worth keeping, over the "
+            f"limit of {MOST_POINTS}: allow a larger guarantee"
+        )
+
+
+def empty_suffix() -> Lists:
+    """The lists behind the last operator: nothing is needed and nothing takes time."""
     zero = np.zeros(1, np.int64)
     return zero, zero, zero, zero
 
@@ -160,13 +170,13 @@ def _run(stages: Stages, segment: Segment, trim: Trim, *, again: bool) -> Lists:
     lists = segment.behind
     segment.links = []
     for operator in range(segment.last - 1, segment.first - 1, -1):
-        points = [_extend(stages, operator, state, lists) for state in stages.reached[operator]]
+        points = [extend(stages, operator, state, lists) for state in stages.reached[operator]]
         ratio = trim.ratios[operator] if again else trim.plan(operator, max((p[1] for p in points), key=len))
         if ratio > 1.0:
             points, worst = _thin(points, trim.reference, ratio)
             if not again:
                 trim.spend(worst)
-                trim.check(operator, max(len(p[0]) for p in points))
+                check_length(stages, operator, max(len(p[0]) for p in points))
         first, last = points[0], points[-1]
         lists = first[0], first[1], last[0], last[1]
         segment.links.append((first[2], last[2]))
@@ -174,7 +184,8 @@ def _run(stages: Stages, segment: Segment, trim: Trim, *, again: bool) -> Lists:
     return lists
 
 
-def _extend(stages: Stages, operator: int, state: int, lists: Lists) -> Points:
+def extend(stages: Stages, operator: int, state: int, lists: Lists) -> Points:
+    """One list of an operator, reached in `state`, from the lists behind it."""
     options = slice(len(stages.modes[operator]))
     return kernels.extend(
         stages.held[state, operator, options],

@@ -6,7 +6,6 @@ import contextlib
 import json
 from typing import Any
 
-import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,7 +92,6 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 @pytest.mark.parametrize("value", [PROFILE, SCHEDULE, PLAN], ids=lambda value: type(value).__name__)
 @given(data=st.data())
-@hypothesis.settings(max_examples=200)
 def test_readers_refuse_damage_with_a_clear_error(value: Any, data: st.DataObject) -> None:
     fields = json.loads(value.to_json())
     container, key = data.draw(st.sampled_from(_places(fields)))

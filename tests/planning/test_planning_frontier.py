@@ -15,9 +15,12 @@ from planning_cases import ANY_SECONDS, every_schedule, profiles, true_frontier
 
 from revdist.errors import BudgetTooSmall, InvalidCosts, UsageError
 from revdist.planning import kernels, sweep
+from revdist.planning.batch import step_time_curve
 from revdist.planning.costs import MAX_BYTES, Mode, Option, Profile
 from revdist.planning.frontier import Frontier, solve
 from revdist.planning.replay import replay
+from revdist.planning.single import solve_at
+from revdist.planning.split import split
 
 GIB = 2**30
 
@@ -140,7 +143,7 @@ def test_thinning_keeps_its_guarantee_on_any_chain(profile: Profile, guarantee: 
 
 def test_a_hopeless_exact_answer_is_refused_not_attempted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "MOST_POINTS", 1000)
-    with pytest.raises(UsageError, match="over the limit of 1000: allow a guarantee above 0"):
+    with pytest.raises(UsageError, match="over the limit of 1000: allow a larger guarantee"):
         solve(proportional(30), guarantee=0.0)
 
 
@@ -224,6 +227,20 @@ def test_arrays_are_read_only() -> None:
         frontier.extra_s[0] = 0.0
 
 
+def test_warming_up_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.warm_up()
+    compiled = [kernels.extend, kernels.thin, kernels.walk, kernels.prune, kernels.shares_within]
+    before = [len(kernel.signatures) for kernel in compiled]
+    assert before == [1] * len(compiled)
+    frontier = solve(revnet_like(20))
+    solve_at(revnet_like(20), frontier.minimum_bytes * 2)
+    monkeypatch.setattr(sweep, "LIST_POINTS", 8)
+    monkeypatch.setattr(sweep, "CHOICE_BYTES", 1)
+    solve(revnet_like(20))
+    split([step_time_curve([revnet_like(20)], frontier.maximum_bytes, max_share=9)] * 2, 9)
+    assert [len(kernel.signatures) for kernel in compiled] == before
+
+
 def test_compiling_without_a_writable_cache_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = numba.njit
 
@@ -245,7 +262,7 @@ SMALL_JSON = solve(revnet_like(3)).to_json()
 
 
 @given(st.data())
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=150)
 def test_json_reader_refuses_damage_with_a_clear_error(data: st.DataObject) -> None:
     fields = json.loads(SMALL_JSON)
     damaged = data.draw(st.sampled_from(sorted(fields)))

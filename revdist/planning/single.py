@@ -1,0 +1,184 @@
+"""The best schedule for one budget of a very long chain: the sweep, with everything hopeless pruned.
+
+A suffix's point (m, v) is dropped where
+
+- m exceeds what the operators before leave at least: it can never fit,
+- another point fits whatever the operators before hold, and is faster,
+- v plus a lower bound on the extra time of the operators before, given that they may hold at most
+  budget - m, is no less than a schedule already known. The bound is the linear relaxation: operators
+  move along the lower convex hulls of their (held, extra) options, steepest segment first (Sinha and
+  Zoltners, "The multiple-choice knapsack problem", Operations Research 27(3), 1979).
+
+The schedule already known comes from a first pass that keeps only the points of lowest bound. What
+remains in the second is few points around the optimum. Where times are proportional to bytes every
+point lies on the bound, which then tells nothing: a guarantee is needed, or the answer is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Collection
+
+import numpy as np
+
+from revdist.errors import BudgetTooSmall, InvalidCosts
+from revdist.planning import kernels
+from revdist.planning.costs import Mode, Profile, Schedule
+from revdist.planning.kernels import Ints, Links
+from revdist.planning.replay import schedule_of
+from revdist.planning.stages import Stages, arrange
+from revdist.planning.sweep import Lists, Points, check_length, empty_suffix, extend
+
+FIRST_POINTS = 2**10
+"""Points kept per list in the search for a first schedule."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Relaxation:
+    """Hull segments of every operator, steepest first, and where each operator's hull starts."""
+
+    operator: Ints
+    """(H,) operator of each segment."""
+    held: Ints
+    """(H,) bytes that a segment adds."""
+    saved: Ints
+    """(H,) ticks that it saves."""
+    least_held: Ints
+    """(n,) bytes of each operator's smallest option."""
+    most_ticks: Ints
+    """(n,) ticks of the same."""
+
+    def before(self, operator: int) -> tuple[Ints, Ints]:
+        """Breakpoints (bytes held, least ticks) of the bound for the operators before `operator`."""
+        mine = self.operator < operator
+        held = np.concatenate(([self.least_held[:operator].sum()], self.held[mine])).cumsum()
+        ticks = np.concatenate(([self.most_ticks[:operator].sum()], -self.saved[mine])).cumsum()
+        return held, ticks
+
+
+def solve_at(
+    profile: Profile, budget_bytes: int, *, guarantee: float = 0.0, modes: Collection[Mode] | None = None
+) -> Schedule:
+    """The fastest schedule of a chain within one budget, without the rest of the frontier.
+
+    base_s + extra_s is within `guarantee` of the optimum, counted as in `solve`; 0.0 is exact.
+
+    Raises BudgetTooSmall where none fits, InvalidCosts for modes that an operator does not offer,
+    UsageError where the answer is too large for the guarantee.
+    """
+    if not 0 <= guarantee < math.inf:
+        raise InvalidCosts(f"guarantee is {guarantee}: it must be finite and not negative, 0.01 for one percent")
+    stages = arrange(profile, modes)
+    room = int(budget_bytes) - profile.outside_bytes
+    minimum = _minimum(stages)
+    if room < minimum:
+        raise BudgetTooSmall(int(budget_bytes), minimum + profile.outside_bytes)
+    search = _Search(stages, room)
+    choices = search.run(math.inf, FIRST_POINTS)
+    assert choices is not None
+    known = sum(int(stages.ticks[operator, choice]) for operator, choice in enumerate(choices))
+    target = (stages.reference + known) / (1 + guarantee) - stages.reference if guarantee else float(known)
+    choices = search.run(target) or choices
+    return schedule_of(profile, [options[choice] for options, choice in zip(stages.modes, choices, strict=True)])
+
+
+class _Search:
+    """The sweep for one budget: `room` bytes of activations."""
+
+    def __init__(self, stages: Stages, room: int) -> None:
+        self.stages = stages
+        self.room = room
+        self.relaxation = _relax(stages)
+        self.least, self.most = _held_before(stages)
+
+    def run(self, target: float, most_points: int = 0) -> list[int] | None:
+        """Options of the fastest schedule of at most `target` ticks; None: there is none.
+
+        most_points: keep that many points of lowest bound per list, besides the one that needs least;
+        the schedule may then not be the fastest. 0: keep all that can lead to one.
+        """
+        lists = empty_suffix()
+        history: list[tuple[Links, Links]] = []
+        for operator in range(self.stages.num_operators - 1, -1, -1):
+            points = self._points(operator, lists, target, most_points)
+            longest = max(len(need) for need, _, _ in points)
+            if longest == 0:
+                return None
+            check_length(self.stages, operator, longest)
+            first, last = points[0], points[-1]
+            lists = first[0], first[1], last[0], last[1]
+            history.append((first[2], last[2]))
+        return _follow(self.stages, history[::-1], len(lists[0]) - 1)
+
+    def _points(self, operator: int, lists: Lists, target: float, most_points: int) -> list[Points]:
+        held, ticks = self.relaxation.before(operator)
+        points = []
+        for state in self.stages.reached[operator]:
+            need, time, links = extend(self.stages, operator, state, lists)
+            kept, bounds = kernels.prune(
+                need, time, self.room, self.least[operator], self.most[operator], held, ticks, target
+            )
+            if 0 < most_points < len(kept):
+                lowest = np.argpartition(bounds, most_points)[:most_points]
+                kept = kept[np.union1d(lowest, [0])]
+            points.append((need[kept], time[kept], links[kept]))
+        return points
+
+
+def _minimum(stages: Stages) -> int:
+    """Bytes of the schedule that needs least."""
+    lists = empty_suffix()
+    for operator in range(stages.num_operators - 1, -1, -1):
+        points = [extend(stages, operator, state, lists) for state in stages.reached[operator]]
+        first, last = points[0], points[-1]
+        lists = first[0][:1], first[1][:1], last[0][:1], last[1][:1]
+    return int(lists[0][0])
+
+
+def _follow(stages: Stages, history: list[tuple[Links, Links]], point: int) -> list[int]:
+    state, choices = 0, []
+    for operator, links in enumerate(history):
+        link = int(links[state][point])
+        choices.append(link & (2**kernels.OPTION_BITS - 1))
+        point, state = link >> kernels.OPTION_BITS, int(stages.leads_to[operator, choices[-1]])
+    return choices
+
+
+def _held_before(stages: Stages) -> tuple[Ints, Ints]:
+    """Per operator: least and most bytes that the operators before it can hold."""
+    counts = [len(modes) for modes in stages.modes]
+    least = [int(stages.held[1, operator, :count].min()) for operator, count in enumerate(counts)]
+    most = [int(stages.held[0, operator, :count].max()) for operator, count in enumerate(counts)]
+    return np.cumsum([0, *least]), np.cumsum([0, *most])
+
+
+def _relax(stages: Stages) -> Relaxation:
+    segments: list[tuple[float, int, int, int]] = []
+    starts = []
+    for operator, modes in enumerate(stages.modes):
+        held = stages.held[1, operator, : len(modes)].tolist()
+        ticks = stages.ticks[operator, : len(modes)].tolist()
+        hull = _lower_hull(sorted(zip(held, ticks, strict=True)))
+        starts.append(hull[0])
+        for (x0, y0), (x1, y1) in itertools.pairwise(hull):
+            segments.append(((y0 - y1) / (x1 - x0), operator, x1 - x0, y0 - y1))
+    segments.sort(key=lambda segment: -segment[0])
+    columns = np.array([segment[1:] for segment in segments], np.int64).reshape(-1, 3)
+    least, most = np.array(starts, np.int64).T
+    return Relaxation(columns[:, 0].copy(), columns[:, 1].copy(), columns[:, 2].copy(), least, most)
+
+
+def _lower_hull(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Corners of the lower convex hull with falling time; points sorted by (bytes, ticks)."""
+    hull: list[tuple[int, int]] = []
+    for x, y in points:
+        if hull and y >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((x, y))
+    return hull
