@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
@@ -22,6 +23,7 @@ from revdist.errors import RevdistError, UsageError
 
 if TYPE_CHECKING:
     from revdist.config import RunConfig
+    from revdist.devices.reading import Reading
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -205,13 +207,24 @@ def devices(
     every: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="Pause between readings.")] = 1.0,
 ) -> None:
     """Show every device, its free memory and who holds the rest."""
-    from revdist.devices import list_devices as read
     from revdist.reporting.tables import devices_table, watch_devices
 
-    if watch:
-        watch_devices(console, read, every_s=every)
-    else:
-        console.print(devices_table(read()))
+    with _device_source(address) as read:
+        if watch:
+            watch_devices(console, read, every_s=every)
+        else:
+            console.print(devices_table(read()))
+
+
+def _device_source(address: str | None) -> AbstractContextManager[Callable[[], list[Reading]]]:
+    """What reads the devices: of this machine, or of a whole cluster."""
+    if address is None:
+        from revdist.devices import list_devices
+
+        return nullcontext(list_devices)
+    from revdist.cluster.inventory import cluster_devices
+
+    return cluster_devices(address)
 
 
 @app.command()

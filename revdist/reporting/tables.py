@@ -23,6 +23,7 @@ def devices_table(readings: Sequence[Reading], *, with_bar: bool = True) -> Rend
     if not readings:
         return Text("no devices: a CPU device exists once a run or `revdist.devices.open_device` has made it")
     several_hosts = len({reading.host for reading in readings}) > 1
+    with_uuid = any(reading.kind == "cuda" for reading in readings)
     table = Table(box=None, padding=(0, 1), header_style="dim")
     table.add_column("device", style="bold", no_wrap=True)
     if several_hosts:
@@ -32,14 +33,15 @@ def devices_table(readings: Sequence[Reading], *, with_bar: bool = True) -> Rend
     if with_bar:
         table.add_column("used", width=14)
     table.add_column("held by")
-    table.add_column("UUID", style="dim", overflow="fold")
+    if with_uuid:
+        table.add_column("UUID", style="dim", overflow="fold")
     for reading in readings:
-        table.add_row(*_row(reading, with_host=several_hosts, with_bar=with_bar))
+        table.add_row(*_row(reading, with_host=several_hosts, with_bar=with_bar, with_uuid=with_uuid))
     notes = [Text(f"  {reading.name}: {reading.note}", style="yellow") for reading in readings if reading.note]
     return Group(table, *notes)
 
 
-def _row(reading: Reading, *, with_host: bool, with_bar: bool) -> list[RenderableType]:
+def _row(reading: Reading, *, with_host: bool, with_bar: bool, with_uuid: bool) -> list[RenderableType]:
     row: list[RenderableType] = [reading.name]
     if with_host:
         row.append(reading.host)
@@ -49,7 +51,9 @@ def _row(reading: Reading, *, with_host: bool, with_bar: bool) -> list[Renderabl
         row += [Text("unusable", style="red"), ""]
     if with_bar:
         row.append(_used_bar(reading) if reading.usable else "")
-    row += [_holders(reading), reading.uuid]
+    row.append(_holders(reading))
+    if with_uuid:
+        row.append(reading.uuid if reading.kind == "cuda" else "")  # a CPU device is chosen by its name
     return row
 
 

@@ -31,9 +31,16 @@ def shown(renderable: object) -> str:
 
 def test_a_device_shows_its_memory_and_its_holders() -> None:
     text = shown(devices_table([READING]))
-    for part in ("cpu-0", "12.0 MiB", "48.0 MiB", "75%", "python (42) 36.0 MiB", "other (43) ?", "CPU-1234"):
+    for part in ("cpu-0", "12.0 MiB", "48.0 MiB", "75%", "python (42) 36.0 MiB", "other (43) ?"):
         assert part in text
     assert "node-a" not in text
+    assert "CPU-1234" not in text
+
+
+def test_gpus_show_the_uuid_by_which_they_are_chosen() -> None:
+    text = shown(devices_table([READING, dataclasses.replace(READING, kind="cuda", uuid="GPU-5678")]))
+    assert "GPU-5678" in text
+    assert "CPU-1234" not in text
 
 
 def test_hosts_are_named_where_there_are_several() -> None:
