@@ -60,8 +60,10 @@ def reported(command: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            errors.print("interrupted", style="yellow")
+        except KeyboardInterrupt as interrupt:
+            errors.print(
+                f"interrupted: {interrupt}" if str(interrupt) else "interrupted", style="yellow", soft_wrap=True
+            )
             raise typer.Exit(130) from None
         except RevdistError as error:
             _show_failure(error)
@@ -229,11 +231,18 @@ def _device_source(address: str | None) -> AbstractContextManager[Callable[[], l
 
 @app.command()
 @reported
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `revdist launch` wrote.")]) -> None:
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `revdist launch` wrote.")],
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="DIR", help="Write the figures there too, as PNG files.")
+    ] = None,
+) -> None:
     """Write RUN_DIR/report.html: figures, plans, events and configuration in one file."""
     from revdist.reporting.html import write_report
+    from revdist.reporting.run_figures import write_figures
 
-    console.print(write_report(run_dir), soft_wrap=True, highlight=False)
+    for path in [write_report(run_dir), *(write_figures(run_dir, png) if png else [])]:
+        console.print(path, soft_wrap=True, highlight=False)
 
 
 def main() -> None:

@@ -29,6 +29,9 @@ steps: 10
 """
 
 
+FIGURES = ("learning.png", "memory.png")
+
+
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="revdist")
 
@@ -131,6 +134,7 @@ def test_wrong_usage_is_told_in_five_lines_ends_with_2_and_writes_nothing(
         (BudgetTooSmall(10, 20), 2, "10 B is below the smallest possible plan"),
         (Preempted("saved at step 7; go on with --resume"), 143, "saved at step 7"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("saved at step 7"), 130, "interrupted: saved at step 7"),
         (RuntimeError("boom"), 1, "this is a bug in revdist"),
     ],
 )
@@ -224,9 +228,9 @@ def test_a_plan_that_cannot_be_written_says_where(tmp_path: Path) -> None:
 
 def test_report_says_where_it_wrote(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", steps=20)
-    result = run("report", run_dir)
-    assert result.stdout.strip() == str(run_dir / "report.html")
-    assert (run_dir / "report.html").exists()
+    written = run("report", run_dir, "--png", tmp_path / "figures").stdout.splitlines()
+    assert written == [str(run_dir / "report.html"), *(str(tmp_path / "figures" / name) for name in FIGURES)]
+    assert all(Path(path).stat().st_size > 1000 for path in written)
 
 
 def test_devices_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from revdist.reporting.history import Line, RunHistory, read_history
 from revdist.reporting.palette import MODE_COLORS, MODE_OF_LETTER, MODE_WORDS
 from revdist.reporting.phrases import REASONS, mode_counts, rate, seconds
 from revdist.reporting.plan_study import Study, best_batch, headline, letter, one_more
-from revdist.reporting.run_figures import MAX_RANKS, learning_figure, memory_figure
+from revdist.reporting.run_figures import MAX_RANKS, figures
 from revdist.reporting.summary import gain_sentences
 
 MAX_ROWS = 500
@@ -103,14 +103,16 @@ def figure_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(to_svg(figure).encode()).decode()
 
 
+SHOWN = {
+    "learning": "Training loss and samples per second over time",
+    "memory": "Memory and schedule of every rank over time",
+}
+"""What each figure of a run shows, for those who cannot see it."""
+
+
 def _figures(history: RunHistory) -> list[tuple[str, str]]:
-    """(address, what it shows) of every figure that this run has the data for."""
-    if not history.metrics:
-        return []
-    return [
-        (figure_uri(learning_figure(history)), "Training loss and samples per second over time"),
-        (figure_uri(memory_figure(history)), "Memory and schedule of every rank over time"),
-    ]
+    """(address, what it shows) of every figure of the run."""
+    return [(figure_uri(figure), SHOWN[name]) for name, figure in figures(history).items()]
 
 
 def _facts(history: RunHistory) -> list[tuple[str, str]]:

@@ -37,9 +37,12 @@ class LiveView(Observer):
         self._console = console
         self._screen = screen or screen_for(console)
         self._state = RunState(name)
+        self._starting = console.status("starting Ray and a process per device ...")
         self._is_open = False
 
     def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._starting.start()
         return self
 
     def __exit__(
@@ -48,6 +51,7 @@ class LiveView(Observer):
         self._close()
 
     def on_start(self, run_dir: Path, devices: Sequence[Reading]) -> None:
+        self._starting.stop()
         self._state.start(run_dir, devices)
         count = f"{len(devices)} device" + ("s" if len(devices) != 1 else "")
         self._console.print(
@@ -95,6 +99,7 @@ class LiveView(Observer):
         self._screen.line(head, Text(sentence, style=style))
 
     def _close(self) -> None:
+        self._starting.stop()
         if self._is_open:
             self._screen.close()
             self._is_open = False

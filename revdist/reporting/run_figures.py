@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -14,9 +15,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.transforms import blended_transform_factory
 
+from revdist.errors import ConfigError
 from revdist.planning.costs import Mode
-from revdist.reporting.figure import house_style, mode_handles, new_figure
-from revdist.reporting.history import Line, RunHistory
+from revdist.reporting.figure import house_style, mode_handles, new_figure, save_png
+from revdist.reporting.history import Line, RunHistory, read_history
 from revdist.reporting.palette import FAINT, INK, MODE_COLORS, MODE_OF_LETTER, MUTED, rank_color
 from revdist.reporting.phrases import REASONS, byte_unit, letters_used, rate
 
@@ -26,6 +28,29 @@ MAX_POINTS = 1500
 """Points drawn per line; longer runs are thinned, which a figure this wide cannot show."""
 MAX_RANKS = 8
 """Ranks with a panel of their own."""
+
+
+def figures(history: RunHistory) -> dict[str, Figure]:
+    """Every figure of a run, by file name; none before its first step."""
+    if not history.metrics:
+        return {}
+    return {"learning": learning_figure(history), "memory": memory_figure(history)}
+
+
+def write_figures(run_dir: Path, folder: Path) -> list[Path]:
+    """Write the figures of a run into `folder`, which is made if need be, and return their paths.
+
+    Raises UsageError where `run_dir` is not a run directory, ConfigError where the folder cannot be written.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures(read_history(run_dir)).items():
+            written.append(folder / f"{name}.png")
+            save_png(figure, written[-1])
+    except OSError as error:
+        raise ConfigError(f"cannot write into {folder}: {error.strerror}; choose another place with --png") from None
+    return written
 
 
 def learning_figure(history: RunHistory) -> Figure:
