@@ -24,6 +24,7 @@ Pitfalls
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class LSHAttention(nn.Module):
         length = x_BTD.shape[1]
         if length <= self.chunk_length:
             position_T = torch.arange(length, device=x_BTD.device)
-            out_BHTE, _ = self._attend(qk_BHTE, qk_BHTE, v_BHTE, position_T, position_T)
+            out_BHTE, _ = self._attend(qk_BHTE, F.normalize(qk_BHTE, dim=-1), v_BHTE, position_T, position_T)
         elif length % self.chunk_length:
             raise UsageError(
                 f"{length} positions are not a multiple of chunk_length {self.chunk_length}: "
@@ -100,13 +101,12 @@ class LSHAttention(nn.Module):
         length = qk_BHTE.shape[2]
         position_T = torch.arange(length, device=qk_BHTE.device)
         order_BHRT = (bucket_BHRT * length + position_T).argsort(dim=-1)
-        qk_BHRNCE = self._chunks(qk_BHTE, order_BHRT)
-        v_BHRNCE = self._chunks(v_BHTE, order_BHRT)
-        position_BHRNC = _split(order_BHRT, 3, length // self.chunk_length)
+        q_BHRNCE = self._chunks(qk_BHTE, order_BHRT)
+        position_BHRNC = _split(order_BHRT, 3, length // self.chunk_length).int()
         out_BHRNCE, logsum_BHRNC = self._attend(
-            qk_BHRNCE,
-            _with_chunk_before(qk_BHRNCE, 4),
-            _with_chunk_before(v_BHRNCE, 4),
+            q_BHRNCE,
+            _with_chunk_before(F.normalize(q_BHRNCE, dim=-1), 4),
+            _with_chunk_before(self._chunks(v_BHTE, order_BHRT), 4),
             position_BHRNC,
             _with_chunk_before(position_BHRNC, 4),
         )
@@ -123,19 +123,36 @@ class LSHAttention(nn.Module):
         self, q_CE: Tensor, k_SE: Tensor, v_SE: Tensor, position_C: Tensor, position_S: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Attention of C queries to S keys, any leading dimensions: output (..., C, E), log-sum-exp (..., C)."""
-        score_CS = q_CE @ F.normalize(k_SE, dim=-1).transpose(-1, -2)
-        score_CS = score_CS.to(torch.promote_types(score_CS.dtype, torch.float32)) / math.sqrt(q_CE.shape[-1])
+        score_CS = (q_CE / math.sqrt(q_CE.shape[-1])) @ k_SE.transpose(-1, -2)
+        score_CS = score_CS.to(torch.promote_types(score_CS.dtype, torch.float32))
         position_C1, position_1S = position_C.unsqueeze(-1), position_S.unsqueeze(-2)
-        score_CS = score_CS.masked_fill(position_C1 == position_1S, _SELF_PENALTY)
         if self.causal:
-            score_CS = score_CS.masked_fill(position_C1 < position_1S, -math.inf)
-        logsum_C = score_CS.logsumexp(dim=-1)
-        weight_CS = (score_CS - logsum_C.unsqueeze(-1)).exp()
+            score_CS.masked_fill_(position_C1 < position_1S, -math.inf)
+        score_CS.masked_fill_(position_C1 == position_1S, _SELF_PENALTY)
+        weight_CS, logsum_C = _SoftmaxAndLogSum.apply(score_CS)  # type: ignore[no-untyped-call]
         return weight_CS.to(v_SE.dtype) @ v_SE, logsum_C
 
     def extra_repr(self) -> str:
         hashing = f"chunk_length={self.chunk_length}, num_rounds={self.num_rounds}"
         return f"num_heads={self.num_heads}, {hashing}, causal={self.causal}"
+
+
+class _SoftmaxAndLogSum(torch.autograd.Function):
+    """Softmax and log-sum-exp of the last dimension, saving the softmax alone."""
+
+    @staticmethod
+    def forward(ctx: Any, score_CS: Tensor) -> tuple[Tensor, Tensor]:
+        weight_CS = score_CS.softmax(dim=-1)
+        logsum_C = score_CS.amax(dim=-1) - weight_CS.amax(dim=-1).log()
+        ctx.save_for_backward(weight_CS)
+        return weight_CS, logsum_C
+
+    @staticmethod
+    def backward(ctx: Any, grad_CS: Tensor, grad_logsum_C: Tensor) -> Tensor:
+        (weight_CS,) = ctx.saved_tensors
+        mean_C = torch.linalg.vecdot(grad_CS, weight_CS) - grad_logsum_C
+        grad_score_CS: Tensor = (grad_CS - mean_C.unsqueeze(-1)) * weight_CS
+        return grad_score_CS
 
 
 @torch.no_grad()
