@@ -55,9 +55,11 @@ class ShortageRelay final : public c10::FreeMemoryCallback {
   }
 };
 
-C10_REGISTER_CLASS(FreeCudaMemoryCallbacksRegistry, revdist_shortage, ShortageRelay)
-
 }  // namespace
+
+namespace c10 {
+C10_REGISTER_CLASS(FreeCudaMemoryCallbacksRegistry, revdist_shortage, ShortageRelay)
+}
 
 extern "C" __attribute__((visibility("default"))) void revdist_cuda_on_shortage(ShortageCallback callback) {
   shortage_callback.store(callback);
