@@ -11,15 +11,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from revdist.errors import UsageError
 from revdist.planning.costs import Mode, Schedule
 from revdist.reversible.conditions import Ambience
 from revdist.reversible.demotion import LiveRecords
 from revdist.reversible.operator import Operator, Streams, operators_of
-from revdist.reversible.record import Exit, Record, converted, unpack
-from revdist.reversible.replay import inside_operator, is_inside_operator
+from revdist.reversible.record import Exit, Record, converted
+from revdist.reversible.replay import is_inside_operator
 
 
 class Event(NamedTuple):
@@ -108,6 +107,20 @@ class ReversibleChain(nn.Module):
         """
         return self._live.demote(num_bytes)
 
+    @property
+    def demoted_bytes(self) -> int:
+        """Bytes that demotion has released since the chain was made."""
+        return self._live.demoted_bytes
+
+    def live_records(self) -> list[Record]:
+        """What the operators of forwards whose backward may still come keep, in the order of the forward."""
+        return self._live.alive()
+
+    @property
+    def observer(self) -> Callable[[Event], None] | None:
+        """What `observe` was given."""
+        return self._observer
+
     def observe(self, callback: Callable[[Event], None] | None) -> None:
         """Call back at the start of each operator's forward and backward, from the next forward on.
 
@@ -136,7 +149,7 @@ class ReversibleChain(nn.Module):
         for number, operator in enumerate(self.operators):
             streams = converted(streams, operator.num_streams, self.split_dim)
             record = self._start(number, streams, ambience, before=record)
-            outputs = self._run_operator(record, streams)
+            outputs = record.run(streams)
             ambience = ambience.now()
             record.end_forward(outputs, ambience)
             if self._observer is not None:
@@ -163,11 +176,6 @@ class ReversibleChain(nn.Module):
         if self._observer is not None:
             self._observer(Event("forward", number))
         return record
-
-    @staticmethod
-    def _run_operator(record: Record, inputs: Streams) -> Streams:
-        with inside_operator(), record.notes.taking(), saved_tensors_hooks(record.pack, unpack):
-            return record.operator.forward(inputs)
 
     def _watch_backward(self, number: int, *, inputs: Streams, outputs: Streams) -> None:
         def emit(_: object) -> None:

@@ -74,6 +74,11 @@ class Conditions:
         self._drew = ambience is not self._ambience
         self._lost = buffers.learn(self._snapshots, training=self._flags[0])
 
+    def forget(self) -> None:
+        """Drop every tensor that is kept for a replay, which is then impossible."""
+        self.notes = Notes()
+        self._snapshots = []
+
     def owned_ids(self) -> set[int]:
         """Identities of the operator's parameters, and of its buffers as they are now."""
         owned = {id(buffer) for member in self._modules for buffer in member._buffers.values()}

@@ -21,6 +21,8 @@ class LiveRecords:
 
     def __init__(self) -> None:
         self._references: list[weakref.ref[Record]] = []
+        self.demoted_bytes = 0
+        """Bytes released so far."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LiveRecords, ()  # a copied or pickled chain starts without any
@@ -32,13 +34,17 @@ class LiveRecords:
         """Forget those that are gone."""
         self._references = [reference for reference in self._references if reference() is not None]
 
+    def alive(self) -> list[Record]:
+        """The records that are there, in the order of their forward."""
+        return [record for record in (reference() for reference in self._references) if record is not None]
+
     def demote(self, num_bytes: int) -> int:
         """Release at least `num_bytes`, or all there is; returns the bytes released.
 
         Takes the operators that free most first, so that few have to be rebuilt, and among equals
         those that the backward needs last.
         """
-        records = [record for record in (reference() for reference in self._references) if record is not None]
+        records = self.alive()
         holders: Counter[int] = Counter()
         for record in records:
             holders.update(_sizes(record.tensors()).keys())
@@ -55,6 +61,7 @@ class LiveRecords:
                 del before[storage]
             holders.subtract(before.keys())
             released += _alone(before, holders, 0)
+        self.demoted_bytes += released
         return released
 
 

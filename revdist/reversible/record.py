@@ -14,17 +14,22 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
+from torch.autograd.graph import saved_tensors_hooks
 
 from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.planning.costs import Mode
 from revdist.reversible.conditions import Ambience, Conditions
 from revdist.reversible.notes import Notes
 from revdist.reversible.operator import Operator, Streams
-from revdist.reversible.replay import Complete, Replay
+from revdist.reversible.replay import Complete, Replay, inside_operator
+
+Part = Literal["internals", "boundary", "notes"]
+"""What a record keeps: saved tensors, the operator's input, notes of the forward."""
 
 
 class Boundary:
@@ -146,6 +151,11 @@ class Record:
         self._handles.append(weakref.ref(handle))
         return handle
 
+    def run(self, inputs: Streams) -> Streams:
+        """The operator's forward, with what it saves handed to this record."""
+        with inside_operator(), self.notes.taking(), saved_tensors_hooks(self.pack, unpack):
+            return self.operator.forward(inputs)
+
     def end_forward(self, outputs: Streams, ambience: Ambience) -> None:
         """Note what the forward left. Raises BoundaryModified where it edited its input in place."""
         assert self.boundary is not None
@@ -248,7 +258,7 @@ class Record:
             pending.append(source)
             source = source._source()
         for record in reversed(pending):
-            streams = record._invert(streams)
+            streams = record.invert(streams)
         return self._converted(streams)
 
     def _source(self) -> Record | Exit:
@@ -256,7 +266,8 @@ class Record:
         assert after is not None, "the graph after this operator has been freed"
         return after
 
-    def _invert(self, outputs: Streams) -> Streams:
+    def invert(self, outputs: Streams) -> Streams:
+        """The operator's inputs from the next one's, without capturing anything."""
         replay = Replay(self._conditions, self._inputs, 0, inputs_wanted=True)
         with self._conditions.restored(), replay.inverting():
             return self._typed(self.operator.inverse(self._converted(outputs)))
@@ -275,6 +286,16 @@ class Record:
             after._rebuilt = None
             if after._handles and not _graph_is_kept():  # one without handles is kept by nothing but this
                 self._after = weakref.ref(after)
+
+    def release(self, part: Part) -> None:
+        """Drop a part of what the record keeps, of a forward whose backward will not be run."""
+        if part == "internals":
+            for handle in self.handles():
+                handle.tensor = None
+        elif part == "boundary":
+            self.boundary = None
+        else:
+            self._conditions.forget()
 
     def can_be_demoted(self) -> bool:
         """Whether this record keeps tensors that could be rebuilt later in this backward."""

@@ -1,0 +1,89 @@
+"""From what was observed to the planner's options: held, working and extra, for every mode of every operator."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from revdist.planning.costs import Mode, Option
+from revdist.reversible.held import Held
+from revdist.reversible.observation import Observation
+
+Offered = Sequence[tuple[Mode, ...]]
+"""Per operator, the modes that were measured."""
+
+
+def derive_options(
+    offered: Offered,
+    held: Sequence[Held],
+    observations: Sequence[Observation],
+    seconds: Mapping[tuple[int, Mode], float],
+    outside_bytes: int,
+) -> tuple[tuple[Option, ...], ...]:
+    """The options of each operator.
+
+    An operator's working bytes are what its turns peaked at over `outside_bytes` and what the operators
+    up to it hold, the most of all observed schedules. Its extra seconds count from its fastest mode;
+    `seconds` has the time of each operator under each mode.
+    """
+    storage = [_storage(index, modes, held) for index, modes in enumerate(offered)]
+    working: dict[tuple[int, Mode], int] = defaultdict(int)
+    for observation in observations:
+        occupied = outside_bytes
+        chosen = [storage[index][mode] for index, mode in enumerate(observation.modes)]
+        for index, option in enumerate(chosen):
+            occupied += option.held_bytes
+            if index and chosen[index - 1].holds_output:
+                occupied -= option.shared_bytes
+            key = index, option.mode
+            working[key] = max(working[key], observation.peaks_bytes[index] - occupied)
+    return tuple(
+        tuple(
+            Option(
+                mode=mode,
+                held_bytes=option.held_bytes,
+                working_bytes=working[index, mode],
+                extra_s=seconds[index, mode] - min(seconds[index, other] for other in options),
+                shared_bytes=option.shared_bytes,
+                holds_output=option.holds_output,
+            )
+            for mode, option in options.items()
+        )
+        for index, options in enumerate(storage)
+    )
+
+
+def median_seconds(observations: Sequence[Observation]) -> dict[tuple[int, Mode], float]:
+    """Per operator and mode, the median time of its forward and backward."""
+    times: dict[tuple[int, Mode], list[float]] = defaultdict(list)
+    for observation in observations:
+        for index, (mode, time_s) in enumerate(zip(observation.modes, observation.seconds, strict=True)):
+            times[index, mode].append(time_s)
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def _storage(index: int, modes: tuple[Mode, ...], held: Sequence[Held]) -> dict[Mode, Option]:
+    """The options of one operator, with what they hold and nothing else yet.
+
+    Only SAVE counts as holding the output: where another mode shares storage with the next operator, the
+    planner counts it twice, which is never low.
+    """
+    here = held[index]
+    next_shares = index + 1 < len(held) and held[index + 1].shared_bytes > 0
+    options = {
+        Mode.SAVE: Option(
+            Mode.SAVE,
+            here.notes_bytes + here.input_bytes + here.internals_bytes,
+            0,
+            0.0,
+            shared_bytes=here.shared_bytes,
+            holds_output=next_shares,
+        ),
+        Mode.INVERT: Option(Mode.INVERT, here.notes_bytes, 0, 0.0),
+        Mode.RECOMPUTE: Option(
+            Mode.RECOMPUTE, here.notes_bytes + here.input_bytes, 0, 0.0, shared_bytes=here.shared_bytes
+        ),
+        Mode.OFFLOAD: Option(Mode.OFFLOAD, here.notes_bytes, 0, 0.0),
+    }
+    return {mode: options[mode] for mode in modes}

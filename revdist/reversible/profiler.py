@@ -1,0 +1,210 @@
+"""Measures the options of every operator on this device: what the planner plans with.
+
+Bytes come from the device's own allocator counters and seconds from its clock, so they hold for what
+the model really does here. A mode is observed in steps in which every operator that offers it takes it
+and the others hold as little as they can. Where that does not fit, it is observed a window of operators
+at a time, down to single ones, so that profiling needs no more than the smallest plan and one operator.
+
+The planner's working bytes of an operator are what its turns peaked at, over what the operators up to
+it hold: the incoming gradient, rebuilt boundaries on their way from operator to operator and, for the
+last operator, the loss are in them.
+
+Not covered: the optimizer's step and state, and memory that a communication library takes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revdist.planning.costs import Mode, Profile
+from revdist.reversible.chain import find_chain
+from revdist.reversible.derivation import Offered, derive_options, median_seconds
+from revdist.reversible.held import Held, measure_held
+from revdist.reversible.meter import MemoryMeter
+from revdist.reversible.observation import Observation, Workload, observe_step
+from revdist.reversible.operator import Streams
+from revdist.reversible.preserved import preserved
+from revdist.reversible.reconstruction import reconstruction_errors
+
+Progress = Callable[[int, int], None]
+"""Called with the number of measured steps that are done, and their expected total."""
+
+_FRUGAL = (Mode.INVERT, Mode.OFFLOAD, Mode.RECOMPUTE, Mode.SAVE)
+"""The modes, what holds least first."""
+
+Modes = tuple[Mode, ...]
+
+
+def profile_chain(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Callable[[Any], Tensor],
+    *,
+    meter: MemoryMeter,
+    repeats: int = 5,
+    modes: Collection[Mode] | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Measure a model's chain on the device of its batch.
+
+    Runs forwards and backwards of `loss_fn(model(batch))` (a tuple is passed as several arguments), in the
+    training mode that the model is in. Takes no optimizer step and leaves the model as it was. `modes`
+    limits what is measured; an operator that offers none of them is measured as it runs by default. Times
+    are medians of `repeats` steps.
+
+    Raises torch.OutOfMemoryError where not even the most frugal schedule fits.
+    """
+    chain = find_chain(model)
+    work = Workload(model, chain, batch, loss_fn, meter, _tensors(batch)[0].device)
+    offered = [_offered(available, modes) for available in chain.options()]
+    with preserved(model, chain):
+        gc.collect()
+        return _Profiler(work, offered, max(1, repeats), progress).profile()
+
+
+class _Profiler:
+    """Runs the steps, and keeps what was observed."""
+
+    def __init__(self, work: Workload, offered: Offered, repeats: int, progress: Progress | None) -> None:
+        self._work = work
+        self._offered = list(offered)
+        self._repeats = repeats
+        self._progress = progress
+        self._frugal = tuple(next(mode for mode in _FRUGAL if mode in available) for available in offered)
+        self._held: dict[int, Held] = {}
+        self._observations: list[Observation] = []
+        self._num_done = 0
+        self._num_expected = 8 + 4 * repeats
+
+    def profile(self) -> Profile:
+        self._observe(self._frugal)
+        self._observations.clear()  # what libraries allocate once, and the time it takes, is no part of a step
+        schedules = dict.fromkeys((self._frugal, *self._fitting_schedules()))
+        self._num_expected = self._num_done + self._repeats * len(schedules) + 1
+        num_warm_up = len(self._observations)
+        for _ in range(self._repeats):
+            for schedule in schedules:
+                self._observe(schedule)
+        timed = self._observations[num_warm_up:]
+        errors = reconstruction_errors(self._work.chain, self._chain_inputs())
+        self._count(1)
+        return self._derive(timed, errors)
+
+    def _fitting_schedules(self) -> Iterator[Modes]:
+        """Schedules that together show every mode of every operator, each observed once."""
+        everywhere = range(len(self._offered))
+        for mode in Mode:
+            if any(mode in available for available in self._offered):
+                yield from self._in_windows(mode, everywhere)
+        saving = self._taking(Mode.SAVE, everywhere)
+        if any(observation.modes == saving for observation in self._observations):
+            for remainder in (0, 1):  # neighbours of different modes
+                mixed = tuple(saving[index] if index % 2 == remainder else self._frugal[index] for index in everywhere)
+                self._observe(mixed)
+                yield mixed
+
+    def _in_windows(self, mode: Mode, window: range) -> Iterator[Modes]:
+        """Schedules with `mode` in this window, or in its halves where it does not fit.
+
+        Halves overlap by one operator, so that what neighbours share is seen.
+        """
+        schedule = self._taking(mode, window)
+        try:
+            if mode is Mode.SAVE:
+                self._hold(schedule, window)
+            self._observe(schedule)
+        except torch.OutOfMemoryError:
+            if schedule == self._frugal:
+                raise
+        else:
+            yield schedule
+            return
+        if len(window) == 1:
+            self._withdraw(mode, window.start)
+            return
+        middle = (window.start + window.stop) // 2
+        overlap = 1 if len(window) > 2 else 0
+        yield from self._in_windows(mode, range(window.start, middle + overlap))
+        yield from self._in_windows(mode, range(middle, window.stop))
+
+    def _taking(self, mode: Mode, window: range) -> Modes:
+        return tuple(
+            mode if index in window and mode in available else self._frugal[index]
+            for index, available in enumerate(self._offered)
+        )
+
+    def _withdraw(self, mode: Mode, operator: int) -> None:
+        """The device has no room for this mode: the planner is not to know of it."""
+        self._offered[operator] = tuple(other for other in self._offered[operator] if other is not mode)
+
+    def _hold(self, schedule: Modes, window: range) -> None:
+        measured = measure_held(self._work, schedule, window)
+        self._count(2)
+        for operator, held in zip(window, measured, strict=True):
+            if operator != window.start:  # the first of a window does not know what it shares
+                self._held[operator] = held
+            else:
+                self._held.setdefault(operator, held)
+
+    def _observe(self, schedule: Modes) -> None:
+        self._observations.append(observe_step(self._work, schedule))
+        self._count(1)
+
+    def _count(self, num_steps: int) -> None:
+        self._num_done += num_steps
+        if self._progress is not None:
+            self._progress(self._num_done, max(self._num_done, self._num_expected))
+
+    def _chain_inputs(self) -> Streams:
+        captured: list[Streams] = []
+
+        def capture(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            (inputs,) = arguments
+            captured.append((inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+
+        hook = self._work.chain.register_forward_pre_hook(capture)
+        try:
+            with torch.no_grad():
+                self._work.forward()
+        finally:
+            hook.remove()
+        return captured[0]
+
+    def _derive(self, timed: Sequence[Observation], errors: tuple[float, ...]) -> Profile:
+        chain, model = self._work.chain, self._work.model
+        batch = _tensors(self._work.batch)
+        outside_bytes = max(observation.outside_bytes for observation in self._observations)
+        seconds = median_seconds(timed)
+        held = [self._held.get(index, Held(0, 0, 0, 0)) for index in range(len(self._offered))]
+        return Profile(
+            options=derive_options(self._offered, held, self._observations, seconds, outside_bytes),
+            operator_names=chain.operator_names,
+            micro_batch=batch[0].shape[0],
+            base_s=sum(
+                min(seconds[index, mode] for mode in available) for index, available in enumerate(self._offered)
+            ),
+            outside_bytes=outside_bytes + _storage_bytes(batch),
+            fixed_bytes=_storage_bytes(
+                [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+            ),
+            reconstruction_error=errors,
+        )
+
+
+def _offered(available: Modes, wanted: Collection[Mode] | None) -> Modes:
+    """The modes to measure, in the order of `Mode`."""
+    return tuple(mode for mode in Mode if mode in available and (wanted is None or mode in wanted)) or available[:1]
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [part for part in (batch if isinstance(batch, tuple) else (batch,)) if isinstance(part, Tensor)]
+
+
+def _storage_bytes(tensors: Sequence[Tensor]) -> int:
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
