@@ -80,6 +80,12 @@ def driver_version() -> str:
     return str(_call("nvmlSystemGetDriverVersion"))
 
 
+def cuda_version() -> tuple[int, int]:
+    """Newest CUDA that the driver serves, `(12, 4)`. Raises DriverMissing or DriverMismatch."""
+    number = int(_call("nvmlSystemGetCudaDriverVersion_v2"))
+    return number // 1000, number % 1000 // 10
+
+
 class XidWatch:
     """Errors that the driver reports for some devices, from the moment this is made."""
 
