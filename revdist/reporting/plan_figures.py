@@ -58,8 +58,17 @@ def frontier(axes: Axes, found: Study) -> None:
               transform=axes.get_xaxis_transform())  # fmt: skip
     _extremes(axes, found, size, scale)
     for index, choice in enumerate(found.choices):
-        point = (choice.budget_bytes / size, choice.schedule.extra_s / scale)
-        axes.plot(*point, "o", color=ACCENT, markersize=12, markeredgecolor="white", zorder=5, clip_on=False)
+        beyond = choice.budget_bytes > right  # marked at the edge: an axis that long would hide the frontier
+        point = (min(choice.budget_bytes, right) / size, choice.schedule.extra_s / scale)
+        axes.plot(
+            *point,
+            ">" if beyond else "o",
+            color=ACCENT,
+            markersize=12,
+            markeredgecolor="white",
+            zorder=5,
+            clip_on=False,
+        )
         axes.annotate(letter(index), point, ha="center", va="center_baseline", color="white", fontsize=8.5,
                       fontweight="bold", zorder=6, annotation_clip=False)  # fmt: skip
     axes.set_xlim(left / size, right / size)
@@ -148,7 +157,7 @@ def timeline(
     axes.stairs(held, edges, fill=True, color=ACCENT, alpha=0.75, label="held")
     if len(measured_bytes) == len(moments):
         measured = np.asarray(measured_bytes) / size
-        axes.plot(edges[:-1], measured, color=INK, linewidth=1.3, label="measured")
+        axes.stairs(measured, edges, baseline=None, color=INK, linewidth=1.3, label="measured")
     axes.axhline(budget_bytes / size, color=RANK_COLORS[1], linestyle=(0, (5, 3)), linewidth=1.4, label="budget")
     middle = len(moments) / 2
     axes.axvline(middle, color=MUTED, linewidth=0.8)
@@ -159,7 +168,7 @@ def timeline(
     axes.tick_params(axis="x", length=0, pad=9)
     axes.grid(visible=False, axis="x")
     axes.set_ylabel(f"activations ({unit})")
-    axes.set_title(f"Memory through one step within {format_bytes(budget_bytes)}")
+    axes.set_title(f"One step within {format_bytes(budget_bytes)}")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4, borderaxespad=0.2)
 
 
@@ -184,7 +193,7 @@ def batches(axes: Axes, found: Study) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value) if value else "0"))
     axes.set_ylim(bottom=0)
-    axes.set_title("Throughput by micro-batch, for each budget (dot: the best)")
+    axes.set_title("Throughput by micro-batch (dot: the best)")
     axes.set_xlabel("micro-batch (samples)")
     axes.set_ylabel("samples/s")
-    axes.legend(title="budget", loc="lower right", title_fontsize=8.5)
+    axes.legend(title="budget", loc="lower left", title_fontsize=8.5)

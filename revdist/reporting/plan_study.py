@@ -114,9 +114,8 @@ def headline(found: Study) -> str:
     """`14 operators, micro-batch 32: 354 ms at best; 312 schedules on the frontier, exact`."""
     profile, frontier = found.profile, found.frontier
     kind = "exact" if frontier.guarantee == 0 else f"within {frontier.guarantee:.1%} of the optimum"
-    device = f" on {profile.device}" if profile.device else ""
     return (
-        f"{profile.num_operators} operators{device}, micro-batch {profile.micro_batch}: "
+        f"{profile.num_operators} operators, micro-batch {profile.micro_batch}: "
         f"{seconds(profile.base_s)} at best; {len(frontier)} schedules on the frontier, {kind}"
     )
 
@@ -140,10 +139,9 @@ def one_more(found: Study) -> str:
     over = f", {now.extra_s / base_s:.0%} over the fastest" if base_s else ""
     more = step_bytes(frontier)
     saved_s = now.extra_s - frontier.best(budget + more).extra_s
-    return (
-        f"{place}{over}. One more {unit_name(more)} would save {seconds(saved_s)} ({saved_s / step_s:.1%}); "
-        f"{format_bytes(fastest_bytes - budget)} more would save all {seconds(now.extra_s)}."
-    )
+    buys = f"save {seconds(saved_s)} ({saved_s / step_s:.1%})" if saved_s else "change nothing"
+    rest = format_bytes(fastest_bytes - budget)
+    return f"{place}{over}. One more {unit_name(more)} would {buys}; {rest} more would save all {seconds(now.extra_s)}."
 
 
 def unit_name(step: int) -> str:
@@ -155,8 +153,11 @@ def unit_name(step: int) -> str:
 def throughput(
     profiles: Sequence[Profile], budgets_bytes: Sequence[int], *, modes: Sequence[Mode] | None = None
 ) -> tuple[tuple[int, tuple[BatchPoint, ...]], ...]:
-    """Per budget: samples per second by micro-batch, as far as any fits, up to `REACH` times the largest measured."""
-    sizes = candidates(REACH * profiles[-1].micro_batch)
+    """Per budget: samples per second by micro-batch, as far as any fits.
+
+    From the smallest measured micro-batch, below which a straight line says little, to `REACH` times the largest.
+    """
+    sizes = [size for size in candidates(REACH * profiles[-1].micro_batch) if size >= profiles[0].micro_batch]
     solved = [(size, interpolate(profiles, size)) for size in sizes]
     frontiers = [(size, profile.base_s, solve(profile, modes=modes)) for size, profile in solved]
     curves = []
@@ -174,4 +175,4 @@ def throughput(
 def best_batch(found: Study, budget_bytes: int) -> BatchPoint | None:
     """The micro-batch with the most samples per second within a budget; None where that is not known."""
     points = dict(found.curves).get(budget_bytes, ())
-    return max(points, key=lambda point: point.samples_per_s, default=None)
+    return max(points, key=lambda point: (point.samples_per_s, point.micro_batch), default=None)

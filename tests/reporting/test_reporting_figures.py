@@ -32,8 +32,8 @@ def test_a_plan_on_one_page(tmp_path: Path) -> None:
     assert [title.split(":")[0].split(" within")[0] for title in titles(figure)] == [
         "Frontier",
         "Schedules over the network",
-        "Memory through one step",
-        "Throughput by micro-batch, for each budget (dot",
+        "One step",
+        "Throughput by micro-batch (dot",
     ]
     path = tmp_path / "plan.png"
     save_png(figure, path, dpi=50)
@@ -63,6 +63,12 @@ def test_networks_of_any_length_are_drawn(operators: int) -> None:
 
 def test_a_profile_without_times_is_drawn() -> None:
     assert to_svg(plan_figure(study([dataclasses.replace(profile(), base_s=0.0)])))
+
+
+def test_devices_far_beyond_the_frontier_do_not_stretch_it() -> None:
+    found = study([profile()], devices={"large": 2**33})
+    _, high = plan_figure(found).axes[0].get_xlim()
+    assert high * 2**20 < 2 * found.frontier.maximum_bytes
 
 
 def test_a_run_over_time(tmp_path: Path) -> None:

@@ -83,9 +83,9 @@ def test_units_of_one_more() -> None:
 
 
 def test_throughput_rises_with_the_budget_and_stops_where_nothing_fits() -> None:
-    small, large = throughput([profile(8), profile(32)], [3 * MIB, 40 * MIB])
+    small, large = throughput([profile(8), profile(32)], [6 * MIB, 40 * MIB])
     sizes = [point.micro_batch for point in large[1]]
-    assert sizes[0] == 1
+    assert sizes[0] == 8
     assert sizes[-1] <= REACH * 32
     assert len(small[1]) < len(large[1])
     for low, high in zip(small[1], large[1], strict=False):

@@ -25,7 +25,7 @@ def test_the_view_fits_the_terminal(width: int) -> None:
 
 
 def test_the_view_says_what_there_is_to_know() -> None:
-    text = shown(study_view(study([profile(8), profile(32)], [2**20, 8 * MIB, 14 * MIB])), 120)
+    text = shown(study_view(study([profile(2), profile(32)], [2**20, 8 * MIB, 14 * MIB])), 120)
     for part in ("12 operators", "micro-batch 32", "8.0 MiB", "14.0 MiB", "best batch", "S keep", "One more MiB"):
         assert part in text
     assert "1.0 MiB holds no schedule of a micro-batch of 32" in text
