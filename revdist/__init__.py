@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from revdist.config import RunConfig
     from revdist.planning.costs import Mode, Option, Plan, Profile, Schedule
     from revdist.planning.frontier import Frontier, solve
-    from revdist.reversible import ReversibleChain, apply, profile
+    from revdist.reversible import ReversibleChain, apply
+    from revdist.training.standalone import profile
 
 __version__ = "0.1.0"
 
@@ -34,7 +35,7 @@ _HOMES = {
     "Trainer": "revdist.cluster.trainer:Trainer",
     "apply": "revdist.reversible:apply",
     "devices": "revdist.devices",
-    "profile": "revdist.reversible:profile",
+    "profile": "revdist.training.standalone:profile",
     "solve": "revdist.planning.frontier:solve",
 }
 
