@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from revdist.errors import BudgetTooSmall, InvalidCosts
 from revdist.planning.costs import MAX_BYTES, Mode, Profile, Schedule
-from revdist.planning.kernels import warm_up
-from revdist.planning.stages import MAX_OPTIONS, arrange
-from revdist.planning.sweep import CHOICES_PER_BYTE, sweep, unpack
+from revdist.planning.kernels import CHOICES_PER_BYTE, OPTION_BITS, OPTION_MASK, warm_up
+from revdist.planning.stages import arrange
+from revdist.planning.sweep import sweep, unpack
 
 __all__ = ["Frontier", "solve", "warm_up"]
 
@@ -179,5 +179,5 @@ def _check_choices(modes: tuple[tuple[Mode, ...], ...], choices: npt.NDArray[np.
         raise InvalidCosts("a Frontier needs at least one operator: the chain is empty")
     for operator, options in enumerate(modes):
         byte, place = divmod(operator, CHOICES_PER_BYTE)
-        if (((choices[:, byte] >> (2 * place)) & (MAX_OPTIONS - 1)) >= len(options)).any():
+        if (((choices[:, byte] >> (OPTION_BITS * place)) & OPTION_MASK) >= len(options)).any():
             raise InvalidCosts(f"choices of operator {operator} name an option it does not have")

@@ -22,8 +22,8 @@ Links = npt.NDArray[np.int32]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 OPTION_BITS = 2
-MAX_LIST = 2**29
-"""Longest list a link can point into."""
+OPTION_MASK = 2**OPTION_BITS - 1
+CHOICES_PER_BYTE = 8 // OPTION_BITS
 
 
 def compiled(function: Function) -> Function:
@@ -98,6 +98,93 @@ def extend(
 
 
 @compiled
+def append(links: Links, used: int, more: Links) -> Links:
+    """`links` with `more` written behind the first `used` of them; grown where it has to be."""
+    if used + len(more) > len(links):
+        grown = np.empty(2 * (used + len(more)), np.int32)
+        for k in range(used):  # numba takes seconds to compile slice assignments
+            grown[k] = links[k]
+        links = grown
+    for k in range(len(more)):
+        links[used + k] = more[k]
+    return links
+
+
+@compiled
+def sweep_back(
+    held: Ints,
+    working: Ints,
+    ticks: Ints,
+    leads_to: Ints,
+    num_options: Ints,
+    two_lists: npt.NDArray[np.bool_],
+    first: int,
+    last: int,
+    limit: int,
+    need_0: Ints,
+    time_0: Ints,
+    need_1: Ints,
+    time_1: Ints,
+) -> tuple[Ints, Ints, Ints, Ints, Links, Ints, int]:
+    """Put operators last-1, last-2, ... in front of a suffix, down to `first` or to the first list over `limit`.
+
+    Returns the lists of the operator reached, the links of all operators passed, (last - first, 2)
+    where each one's links start by state, and the operator reached.
+    """
+    starts = np.zeros((last - first, 2), np.int64)
+    links = np.empty(4096, np.int32)
+    used = 0
+    operator = last
+    while operator > first:
+        operator -= 1
+        options = num_options[operator]
+        working_c, ticks_c, leads_to_c = working[operator], ticks[operator], leads_to[operator]
+        before = need_0, time_0, need_1, time_1
+        for state in range(2 if two_lists[operator] else 1):
+            starts[operator - first, state:] = used
+            need_1, time_1, chosen = extend(
+                held[state, operator, :options], working_c[:options], ticks_c[:options], leads_to_c[:options], *before
+            )
+            if state == 0:
+                need_0, time_0 = need_1, time_1
+            links = append(links, used, chosen)
+            used += len(chosen)
+        if max(len(time_0), len(time_1)) > limit:
+            break
+    return need_0, time_0, need_1, time_1, links[:used].copy(), starts, operator
+
+
+@compiled
+def walk(
+    links: Links,
+    starts: Ints,
+    leads_to: Ints,
+    extra_s: npt.NDArray[np.float64],
+    first: int,
+    points: Ints,
+    states: Ints,
+    total_s: npt.NDArray[np.float64],
+    choices: npt.NDArray[np.uint8],
+) -> None:
+    """Follow every schedule through the operators from `first` on that `links` and `starts` cover, in place.
+
+    points, states: (P,) where each schedule is, in which of the operator's two lists. leads_to,
+    extra_s: (n, 4) per operator and option, the state it leaves and its seconds, added to total_s (P,).
+    choices: (ceil(n / 4), P) bytes that take two bits an operator.
+    """
+    for j in range(len(starts)):
+        operator = first + j
+        byte, shift = operator // CHOICES_PER_BYTE, OPTION_BITS * (operator % CHOICES_PER_BYTE)
+        for p in range(len(points)):
+            link = links[starts[j, states[p]] + points[p]]
+            option = link & OPTION_MASK
+            points[p] = link >> OPTION_BITS
+            states[p] = leads_to[operator, option]
+            total_s[p] += extra_s[operator, option]
+            choices[byte, p] |= np.uint8(option << shift)
+
+
+@compiled
 def thin(time: Ints, reference: float, ratio: float) -> tuple[Ints, float]:
     """Positions of points to keep so that every other has a kept one before it at most `ratio` slower.
 
@@ -116,33 +203,6 @@ def thin(time: Ints, reference: float, ratio: float) -> tuple[Ints, float]:
         count += 1
         last = here
     return kept[:count].copy(), worst
-
-
-@compiled
-def walk(
-    points: Ints,
-    states: Ints,
-    links_0: Links,
-    links_1: Links,
-    leads_to: Ints,
-    extra_s: npt.NDArray[np.float64],
-    total_s: npt.NDArray[np.float64],
-    choices: npt.NDArray[np.uint8],
-    shift: int,
-) -> None:
-    """Follow every schedule one operator further, in place.
-
-    points, states: (P,) where each schedule is, in which of the operator's two lists.
-    leads_to: per option, the state it leaves. extra_s: per option, its seconds, added to total_s (P,).
-    choices: (P,) bytes that take the option's two bits at `shift`.
-    """
-    for p in range(len(points)):
-        link = links_0[points[p]] if states[p] == 0 else links_1[points[p]]
-        option = link & (2**OPTION_BITS - 1)
-        points[p] = link >> OPTION_BITS
-        states[p] = leads_to[option]
-        total_s[p] += extra_s[option]
-        choices[p] |= np.uint8(option << shift)
 
 
 @compiled
@@ -215,9 +275,12 @@ def prune(
 def warm_up() -> None:
     """Compile every kernel, or load it from numba's cache, so that no later call pays for it."""
     one, two = np.ones(1, np.int64), np.arange(2, dtype=np.int64)
-    second, seconds = np.ones(1), np.ones(2)
-    need, time, links = extend(one, one, one, one, one, one, one, one)
-    thin(time, 1.0, 1.0)
-    prune(need, time, 1, two[0], two[1], two, two, 1.0)
-    walk(np.zeros(1, np.int64), np.zeros(1, np.int64), links, links, two, seconds, second, np.zeros(1, np.uint8), 0)
+    second = np.ones(1)
+    costs, seconds = np.ones((1, 4), np.int64), np.ones((1, 4))
+    extend(one, one, one, one, one, one, one, one)
+    both = np.ones(1, np.bool_)
+    *_, links, starts, _ = sweep_back(np.ones((2, 1, 4), np.int64), costs, costs, costs, one, both, 0, 1, 9, *[one] * 4)
+    walk(links, starts, costs, seconds, 0, 0 * one, 0 * one, second, np.zeros((1, 1), np.uint8))
+    thin(one, 1.0, 1.0)
+    prune(one, one, 1, two[0], two[1], two, two, 1.0)
     shares_within(1.0, two, one, second, second, second, one, one)

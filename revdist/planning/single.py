@@ -26,10 +26,13 @@ import numpy as np
 from revdist.errors import BudgetTooSmall, InvalidCosts
 from revdist.planning import kernels
 from revdist.planning.costs import Mode, Profile, Schedule
-from revdist.planning.kernels import Ints, Links
+from revdist.planning.kernels import OPTION_BITS, OPTION_MASK, Ints, Links
 from revdist.planning.replay import schedule_of
 from revdist.planning.stages import Stages, arrange
-from revdist.planning.sweep import Lists, Points, check_length, empty_suffix, extend
+from revdist.planning.sweep import Lists, check_length, empty_suffix
+
+Points = tuple[Ints, Ints, Links]
+"""One list with its links: need, time, links."""
 
 FIRST_POINTS = 2**10
 """Points kept per list in the search for a first schedule."""
@@ -115,8 +118,8 @@ class _Search:
     def _points(self, operator: int, lists: Lists, target: float, most_points: int) -> list[Points]:
         held, ticks = self.relaxation.before(operator)
         points = []
-        for state in self.stages.reached[operator]:
-            need, time, links = extend(self.stages, operator, state, lists)
+        for state in range(1 + self.stages.two_lists[operator]):
+            need, time, links = _extend(self.stages, operator, state, lists)
             kept, bounds = kernels.prune(
                 need, time, self.room, self.least[operator], self.most[operator], held, ticks, target
             )
@@ -127,11 +130,22 @@ class _Search:
         return points
 
 
+def _extend(stages: Stages, operator: int, state: int, lists: Lists) -> Points:
+    options = slice(stages.num_options[operator])
+    return kernels.extend(
+        stages.held[state, operator, options],
+        stages.working[operator, options],
+        stages.ticks[operator, options],
+        stages.leads_to[operator, options],
+        *lists,
+    )
+
+
 def _minimum(stages: Stages) -> int:
     """Bytes of the schedule that needs least."""
     lists = empty_suffix()
     for operator in range(stages.num_operators - 1, -1, -1):
-        points = [extend(stages, operator, state, lists) for state in stages.reached[operator]]
+        points = [_extend(stages, operator, state, lists) for state in range(1 + stages.two_lists[operator])]
         first, last = points[0], points[-1]
         lists = first[0][:1], first[1][:1], last[0][:1], last[1][:1]
     return int(lists[0][0])
@@ -141,8 +155,8 @@ def _follow(stages: Stages, history: list[tuple[Links, Links]], point: int) -> l
     state, choices = 0, []
     for operator, links in enumerate(history):
         link = int(links[state][point])
-        choices.append(link & (2**kernels.OPTION_BITS - 1))
-        point, state = link >> kernels.OPTION_BITS, int(stages.leads_to[operator, choices[-1]])
+        choices.append(link & OPTION_MASK)
+        point, state = link >> OPTION_BITS, int(stages.leads_to[operator, choices[-1]])
     return choices
 
 

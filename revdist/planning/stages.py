@@ -12,7 +12,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Collection
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +20,7 @@ from revdist.errors import InvalidCosts
 from revdist.planning.costs import Mode, Option, Profile
 from revdist.planning.kernels import Ints
 
-Number = TypeVar("Number", bound=np.generic)
+Flags = npt.NDArray[np.bool_]
 
 TICK_BITS = 50
 MAX_OPTIONS = len(Mode)
@@ -45,8 +44,10 @@ class Stages:
     """(n, 4) the state in which the next operator is reached."""
     reference: float
     """Ticks that guarantees count from: `base_s`, or the slowest schedule's extra time where that is more."""
-    reached: tuple[tuple[int, ...], ...]
-    """Per operator: the states that need a list of their own; none shared or unreachable ones."""
+    num_options: Ints
+    """(n,) options of each operator."""
+    two_lists: Flags
+    """(n,) whether both states occur and cost differently; else both rows of `held` are of the one that occurs."""
 
     @property
     def num_operators(self) -> int:
@@ -58,25 +59,40 @@ def arrange(profile: Profile, modes: Collection[Mode] | None = None) -> Stages:
 
     Raises InvalidCosts for a mode listed twice or unknown and for an operator left without one.
     """
-    options = profile.options if modes is None else _restrict(profile, modes)
-    slowest_s = sum(max(o.extra_s for o in ops) for ops in options)
+    operators = profile.options if modes is None else _restrict(profile, modes)
+    slowest_s = sum(max(option.extra_s for option in options) for options in operators)
     shift = TICK_BITS - math.frexp(slowest_s)[1]
-    held = [[[o.held_bytes for o in ops], [o.held_bytes - o.shared_bytes for o in ops]] for ops in options]
-    seconds = _padded([[o.extra_s for o in ops] for ops in options], np.float64)
+    numbers: list[int] = []
+    seconds: list[float] = []
+    for options in operators:
+        for o in options:
+            numbers += (o.held_bytes, o.held_bytes - o.shared_bytes, o.working_bytes, o.holds_output)
+            seconds.append(o.extra_s)
+        padding = MAX_OPTIONS - len(options)
+        numbers += (0, 0, 0, 0) * padding
+        seconds += (0.0,) * padding
+    held, own, working, holds = np.array(numbers, np.int64).reshape(-1, MAX_OPTIONS, 4).transpose(2, 0, 1)
+    extra_s = np.array(seconds).reshape(-1, MAX_OPTIONS)
+    num_options = np.array([len(options) for options in operators])
+    occurs = _occurring(holds.sum(axis=1), num_options)
+    states = np.stack([np.where(occurs[0, :, None], held, own), np.where(occurs[1, :, None], own, held)])
     return Stages(
-        modes=tuple(tuple(o.mode for o in ops) for ops in options),
-        held=np.stack([_padded([states[s] for states in held], np.int64) for s in (0, 1)]),
-        working=_padded([[o.working_bytes for o in ops] for ops in options], np.int64),
-        ticks=np.rint(np.ldexp(seconds, shift)).astype(np.int64),
-        extra_s=seconds,
-        leads_to=_padded([[int(o.holds_output) for o in ops] for ops in options], np.int64),
+        modes=tuple(tuple(option.mode for option in options) for options in operators),
+        held=states,
+        working=np.ascontiguousarray(working),
+        ticks=np.rint(np.ldexp(extra_s, shift)).astype(np.int64),
+        extra_s=extra_s,
+        leads_to=np.ascontiguousarray(holds),
         reference=_scaled(max(profile.base_s, slowest_s), shift),
-        reached=_reached(options),
+        num_options=num_options,
+        two_lists=(states[0] != states[1]).any(axis=1),
     )
 
 
-def _padded(rows: list[list[Any]], dtype: type[Number]) -> npt.NDArray[Number]:
-    return np.array([row + [0] * (MAX_OPTIONS - len(row)) for row in rows], dtype=dtype)
+def _occurring(num_holding: Ints, num_options: Ints) -> Flags:
+    """(2, n) the states in which each operator can be reached; num_holding: options that hold their output."""
+    after = np.stack([num_holding < num_options, num_holding > 0])
+    return np.concatenate([[[True], [False]], after[:, :-1]], axis=1)
 
 
 def _scaled(seconds: float, shift: int) -> float:
@@ -84,17 +100,6 @@ def _scaled(seconds: float, shift: int) -> float:
         return math.ldexp(seconds, shift)
     except OverflowError:
         return sys.float_info.max
-
-
-def _reached(options: tuple[tuple[Option, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """States that can occur before each operator, only the first of them where both cost the same."""
-    reached = []
-    states = {0}
-    for choices in options:
-        shares = any(option.shared_bytes for option in choices)
-        reached.append(tuple(sorted(states)) if shares else (min(states),))
-        states = {int(option.holds_output) for option in choices}
-    return tuple(reached)
 
 
 def _restrict(profile: Profile, modes: Collection[Mode]) -> tuple[tuple[Option, ...], ...]:

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from revdist.errors import UsageError
 from revdist.planning import kernels
-from revdist.planning.kernels import Ints, Links
+from revdist.planning.kernels import CHOICES_PER_BYTE, OPTION_BITS, OPTION_MASK, Ints, Links
 from revdist.planning.stages import Stages
 
 LIST_POINTS = 2**16
@@ -42,12 +42,12 @@ HISTORY_POINTS = 2**24
 """Links kept, of 4 bytes each; the others are recomputed."""
 CHOICE_BYTES = 2**25
 """Size past which the recovered schedules are thinned, where a guarantee allows it."""
-CHOICES_PER_BYTE = 8 // kernels.OPTION_BITS
 
 Lists = tuple[Ints, Ints, Ints, Ints]
 """Need and time of state 0, then of state 1; both the same arrays where the state makes no difference."""
-Points = tuple[Ints, Ints, Links]
-"""One list with its links: need, time, links."""
+
+NO_LINKS = np.empty(0, np.int32)
+NO_STARTS = np.empty((0, 2), np.int64)
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,11 +57,10 @@ class Segment:
     first: int
     last: int
     behind: Lists
-    links: list[tuple[Links, Links]]
-
-    @property
-    def num_links(self) -> int:
-        return sum(len(first) + (len(last) if last is not first else 0) for first, last in self.links)
+    links: Links
+    """Of all operators, one after another; empty once forgotten."""
+    starts: Ints
+    """(last - first, 2) where the links of each operator start, by state."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +87,7 @@ def sweep(stages: Stages, guarantee: float) -> Solution:
     segments: list[Segment] = []
     length = math.isqrt(stages.num_operators - 1) + 1
     for last in range(stages.num_operators, 0, -length):
-        segment = Segment(max(0, last - length), last, lists, [])
+        segment = Segment(max(0, last - length), last, lists, NO_LINKS, NO_STARTS)
         lists = _run(stages, segment, trim, again=False)
         segments.append(segment)
         _forget(segments)
@@ -99,8 +98,8 @@ def sweep(stages: Stages, guarantee: float) -> Solution:
 
 def unpack(packed: npt.NDArray[np.uint8], num_operators: int) -> list[int]:
     """Option of every operator from one row of `Solution.choices`."""
-    shifts = np.arange(CHOICES_PER_BYTE, dtype=np.uint8) * kernels.OPTION_BITS
-    picked = (packed[:, None] >> shifts) & (2**kernels.OPTION_BITS - 1)
+    shifts = np.arange(CHOICES_PER_BYTE, dtype=np.uint8) * OPTION_BITS
+    picked = (packed[:, None] >> shifts) & OPTION_MASK
     return [int(choice) for choice in picked.ravel()[:num_operators].tolist()]
 
 
@@ -167,53 +166,61 @@ def empty_suffix() -> Lists:
 
 def _run(stages: Stages, segment: Segment, trim: Trim, *, again: bool) -> Lists:
     """Extend the lists over a segment and keep its links; `again` repeats an earlier run to the bit."""
-    lists = segment.behind
-    segment.links = []
-    for operator in range(segment.last - 1, segment.first - 1, -1):
-        points = [extend(stages, operator, state, lists) for state in stages.reached[operator]]
-        ratio = trim.ratios[operator] if again else trim.plan(operator, max((p[1] for p in points), key=len))
+    lists, operator, used = segment.behind, segment.last, 0
+    segment.starts = np.empty((segment.last - segment.first, 2), np.int64)
+    parts = []
+    while operator > segment.first:
+        *swept, links, starts, reached = kernels.sweep_back(
+            stages.held,
+            stages.working,
+            stages.ticks,
+            stages.leads_to,
+            stages.num_options,
+            stages.two_lists,
+            segment.first,
+            operator,
+            LIST_POINTS,
+            *lists,
+        )
+        lists = swept[0], swept[1], swept[2], swept[3]
+        starts = starts[reached - segment.first :]
+        ratio = trim.ratios[reached] if again else trim.plan(reached, max(lists[1], lists[3], key=len))
         if ratio > 1.0:
-            points, worst = _thin(points, trim.reference, ratio)
+            lists, links, worst = _thin(lists, links, starts[0], trim.reference, ratio)
             if not again:
                 trim.spend(worst)
-                check_length(stages, operator, max(len(p[0]) for p in points))
-        first, last = points[0], points[-1]
-        lists = first[0], first[1], last[0], last[1]
-        segment.links.append((first[2], last[2]))
-    segment.links.reverse()
+                check_length(stages, reached, max(len(lists[1]), len(lists[3])))
+        segment.starts[reached - segment.first : operator - segment.first] = starts + used
+        parts.append(links)
+        used += len(links)
+        operator = reached
+    segment.links = np.concatenate(parts)
     return lists
 
 
-def extend(stages: Stages, operator: int, state: int, lists: Lists) -> Points:
-    """One list of an operator, reached in `state`, from the lists behind it."""
-    options = slice(len(stages.modes[operator]))
-    return kernels.extend(
-        stages.held[state, operator, options],
-        stages.working[operator, options],
-        stages.ticks[operator, options],
-        stages.leads_to[operator, options],
-        *lists,
-    )
-
-
-def _thin(lists: list[Points], reference: float, ratio: float) -> tuple[list[Points], float]:
-    thinned = []
-    worst = 1.0
-    for need, time, links in lists:
-        kept, cost = kernels.thin(time, reference, ratio)
-        thinned.append((need[kept], time[kept], links[kept]))
-        worst = max(worst, cost)
-    return thinned, worst
+def _thin(lists: Lists, links: Links, starts: Ints, reference: float, ratio: float) -> tuple[Lists, Links, float]:
+    """Thin the lists of the last operator swept, whose links start at `starts` and are the last ones."""
+    need_0, time_0, need_1, time_1 = lists
+    kept_0, worst = kernels.thin(time_0, reference, ratio)
+    thinned = [links[: starts[0]], links[starts[0] :][kept_0]]
+    lists = need_0[kept_0], time_0[kept_0], need_0[kept_0], time_0[kept_0]
+    if starts[1] > starts[0]:
+        kept_1, worst_1 = kernels.thin(time_1, reference, ratio)
+        thinned.append(links[starts[1] :][kept_1])
+        starts[1] = starts[0] + len(kept_0)
+        lists = *lists[:2], need_1[kept_1], time_1[kept_1]
+        worst = max(worst, worst_1)
+    return lists, np.concatenate(thinned), worst
 
 
 def _forget(segments: list[Segment]) -> None:
     """Drop links of the segments last needed, those at the end of the chain, past the limit."""
-    total = sum(segment.num_links for segment in segments)
+    total = sum(len(segment.links) for segment in segments)
     for segment in segments[:-1]:
         if total <= HISTORY_POINTS:
             return
-        total -= segment.num_links
-        segment.links = []
+        total -= len(segment.links)
+        segment.links = NO_LINKS
 
 
 def _recover(stages: Stages, segments: list[Segment], trim: Trim, need: Ints, points: Ints) -> Solution:
@@ -225,21 +232,19 @@ def _recover(stages: Stages, segments: list[Segment], trim: Trim, need: Ints, po
     choices = np.zeros((-(-num_operators // CHOICES_PER_BYTE), num_points), np.uint8)
     while segments:
         segment = segments.pop()
-        if not segment.links:
+        if len(segment.links) == 0:
             _run(stages, segment, trim, again=True)
-        for operator, (links_0, links_1) in enumerate(segment.links, start=segment.first):
-            byte, place = divmod(operator, CHOICES_PER_BYTE)
-            kernels.walk(
-                points,
-                states,
-                links_0,
-                links_1,
-                stages.leads_to[operator],
-                stages.extra_s[operator],
-                total_s,
-                choices[byte],
-                place * kernels.OPTION_BITS,
-            )
+        kernels.walk(
+            segment.links,
+            segment.starts,
+            stages.leads_to,
+            stages.extra_s,
+            segment.first,
+            points,
+            states,
+            total_s,
+            choices,
+        )
     # Equal to a tick, times can differ the other way in the last bit of their float sums.
     best_before = np.minimum.accumulate(np.concatenate(([np.inf], total_s[:-1])))
     kept = total_s < best_before

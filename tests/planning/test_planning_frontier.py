@@ -126,18 +126,22 @@ def test_thinned_lists_keep_their_guarantee(make, guarantee: float, monkeypatch:
         assert replay(profile, best.modes).extra_s == best.extra_s
 
 
+@hypothesis.settings(max_examples=300)
 @given(profiles(min_size=3, max_size=8, base_s=st.floats(0, 100)), st.floats(1e-6, 1.0))
 def test_thinning_keeps_its_guarantee_on_any_chain(profile: Profile, guarantee: float) -> None:
     exact = solve(profile)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "LIST_POINTS", 2)
         patch.setattr(sweep, "CHOICE_BYTES", 2)
+        patch.setattr(sweep, "HISTORY_POINTS", 4)
         thinned = solve(profile, guarantee=guarantee)
     assert thinned.guarantee <= guarantee + 1e-12
     assert thinned.minimum_bytes == exact.minimum_bytes
     slowest_s = sum(max(option.extra_s for option in options) for options in profile.options)
     reference_s = max(profile.base_s, slowest_s)
     for budget, optimum in zip(exact.budgets_bytes.tolist(), exact.extra_s.tolist(), strict=True):
+        judged = replay(profile, thinned.best(budget).modes)
+        assert (judged.need_bytes, judged.extra_s) == (thinned.best(budget).need_bytes, thinned.best(budget).extra_s)
         assert thinned.best(budget).extra_s <= optimum + thinned.guarantee * (reference_s + optimum) + 1e-9
 
 
@@ -229,7 +233,7 @@ def test_arrays_are_read_only() -> None:
 
 def test_warming_up_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.warm_up()
-    compiled = [kernels.extend, kernels.thin, kernels.walk, kernels.prune, kernels.shares_within]
+    compiled = [kernels.sweep_back, kernels.walk, kernels.thin, kernels.extend, kernels.prune, kernels.shares_within]
     before = [len(kernel.signatures) for kernel in compiled]
     assert before == [1] * len(compiled)
     frontier = solve(revnet_like(20))
