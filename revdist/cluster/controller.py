@@ -16,7 +16,7 @@ from revdist.cluster.actor import Location
 from revdist.cluster.failures import Failure, first_failure, run_failed
 from revdist.cluster.fleet import Fleet, Lost
 from revdist.cluster.observer import Observer
-from revdist.cluster.records import event_record, replan_record, run_event, step_record, summary_record
+from revdist.cluster.records import device_records, event_record, replan_record, run_event, step_record, summary_record
 from revdist.cluster.rehearsal import Rehearsal
 from revdist.cluster.shares import ShareKeeper
 from revdist.config import RunConfig
@@ -169,7 +169,8 @@ class Controller:
             self._writer.event(event)
         divided = " + ".join(str(share) for share in shares.by_rank)
         detail = f"{len(self._fleet)} replicas, {self._num_steps} steps, shares {divided}"
-        self._event(run_event("start", self._step, detail, num_steps=self._num_steps))
+        devices = device_records([location.reading for location in self._locations])
+        self._event(run_event("start", self._step, detail, num_steps=self._num_steps, devices=devices))
 
     def _event(self, record: dict[str, Any]) -> None:
         self._observer.on_event(record)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from revdist.devices.reading import Reading
 from revdist.errors import format_bytes
 from revdist.planning.costs import Plan
 from revdist.training.reports import EventReport, PlanReport, Score, StepReport
@@ -47,6 +48,20 @@ def event_record(report: EventReport) -> dict[str, Any]:
 def run_event(kind: str, step: int, detail: str, **facts: Any) -> dict[str, Any]:
     """An event of the run as a whole."""
     return {"time": time.time(), "step": step, "kind": kind, "detail": detail, **facts}
+
+
+def device_records(readings: Sequence[Reading]) -> list[dict[str, Any]]:
+    """What each rank runs on: plans and steps name devices by UUID alone."""
+    return [
+        {
+            "rank": rank,
+            "device": reading.uuid,
+            "name": reading.name,
+            "host": reading.host,
+            "total_bytes": reading.total_bytes,
+        }
+        for rank, reading in enumerate(readings)
+    ]
 
 
 def replan_record(report: PlanReport, before: Plan) -> dict[str, Any]:
