@@ -6,6 +6,7 @@ and torch has one. See native/allocator.cpp.
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import ctypes
 import functools
@@ -22,6 +23,7 @@ from revdist.errors import DeviceError
 _log = logging.getLogger(__name__)
 Callback = Callable[[int], int]
 _NativeCallback = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
+_INTERRUPT_AGAIN_S = 0.01
 _NO_CALLBACK = _NativeCallback()
 
 
@@ -55,7 +57,8 @@ class NativeAllocator:
         self._bind("_activate", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
         self._bind("_on_shortage", None, _NativeCallback)
         self._registered: Any = None
-        self._lock = threading.RLock()
+        self._renew_lock()
+        os.register_at_fork(after_in_child=self._renew_lock)
         atexit.register(self.on_shortage, None)
 
     def activate(self, ledger: Path, slot_index: int) -> None:
@@ -66,6 +69,7 @@ class NativeAllocator:
         error: int = self._activate(os.fsencode(ledger), slot_index)  # type: ignore[attr-defined]
         if error:
             raise DeviceError(f"cannot charge to {ledger}: {os.strerror(error)}")
+        self.reset_peak()
 
     def on_shortage(self, callback: Callback | None) -> None:
         """Calls `callback(missing_bytes)` inside an allocation that fails; it returns the bytes it released.
@@ -86,6 +90,12 @@ class NativeAllocator:
         except Exception:
             _log.exception("the callback on a memory shortage failed")
             return 0
+        except KeyboardInterrupt:  # C cannot pass it on: it comes again once C has returned
+            threading.Timer(_INTERRUPT_AGAIN_S, _thread.interrupt_main).start()
+            return 0
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
 
     def _bind(self, name: str, result: Any, *arguments: Any) -> None:
         function = getattr(self._library, f"revdist_{name.lstrip('_')}")

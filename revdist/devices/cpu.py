@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -92,15 +93,14 @@ class CpuDevice(Device):
         raise DeviceError(f"device {self.name} is not active in this process: call activate() first")
 
     def activate(self, process_name: str = "") -> None:
-        name = process_name or host.process_name(os.getpid())
+        slot_index = self._ledger.claim_slot(process_name or host.process_name(os.getpid()))
         try:
             allocator = load_allocator()
-            allocator.activate(self._ledger.path, self._ledger.claim_slot(name))
+            allocator.activate(self._ledger.path, slot_index)
             self._allocator = allocator
         except DeviceError as error:
             _log.warning("device %s works, but its capacity is not enforced: %s", self.name, error)
-            slot_index = self._ledger.claim_slot(name)
-            self._resident = ResidentMeter(lambda num_bytes: self._ledger.charge_by_hand(slot_index, num_bytes))
+            self._resident = ResidentMeter(functools.partial(self._ledger.charge_by_hand, slot_index))
             self._resident.allocated_bytes()
 
     def deactivate(self) -> None:
@@ -108,7 +108,7 @@ class CpuDevice(Device):
         if self._allocator is not None:
             self._allocator.deactivate()
         if self._resident is not None:
-            self._ledger.charge_by_hand(self._ledger.claim_slot(""), 0)
+            self._resident.publish(0)
         self._allocator = self._resident = None
 
     def on_shortage(self, callback: Callable[[int], int] | None) -> bool:

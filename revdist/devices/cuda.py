@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from revdist.devices import host, nvml
 from revdist.devices.device import Device, MemoryMeter
 from revdist.devices.reading import Reading
+from revdist.devices.xid import Xid
 from revdist.errors import DeviceError, DeviceLost, DeviceNotFound, NotSupportedByDevice
 
 if TYPE_CHECKING:
@@ -28,9 +30,10 @@ class CudaDevice(Device):
         self.uuid = reading.uuid
         self.name = reading.name
         self._torch_index: int | None = None
-        self._xids: nvml.XidWatch | None = None
+        self._watch: nvml.XidWatch | None = None
+        self._xids: list[Xid] = []
         with contextlib.suppress(NotSupportedByDevice):
-            self._xids = nvml.XidWatch([uuid])
+            self._watch = nvml.XidWatch(uuid)
 
     @property
     def torch_device(self) -> torch.device:
@@ -39,16 +42,20 @@ class CudaDevice(Device):
         return torch.device("cuda", self._active_index())
 
     def read(self) -> Reading:
-        if self._xids is not None:
-            for xid in self._xids.poll():
-                if xid.loses_device:
-                    raise DeviceLost(f"{self.uuid}: Xid {xid.number}, {xid.meaning}", uuid=self.uuid, xid=xid.number)
+        if self._watch is not None:
+            self._xids += self._watch.poll()
+        for xid in self._xids:
+            if xid.loses_device:
+                raise DeviceLost(f"{self.uuid}: {xid}", uuid=self.uuid, xid=xid.number)
         try:
-            return nvml.read_device(self.uuid)
+            reading = nvml.read_device(self.uuid)
         except NotSupportedByDevice:
             if self._torch_index is None:
                 raise
-            return self._read_through_torch()
+            reading = self._read_through_torch()
+        if not self._xids:
+            return reading
+        return dataclasses.replace(reading, note="; ".join(filter(None, (reading.note, str(self._xids[-1])))))
 
     def meter(self) -> MemoryMeter:
         return CudaMeter(self._active_index())

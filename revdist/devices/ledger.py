@@ -186,6 +186,7 @@ class Ledger:
         with _locked(self.path.parent):
             for index, slot in enumerate(self._file.slots):
                 if slot.owner == identity:
+                    slot.name = process_name.encode()[:87]
                     return index
             if not any(self._is_alive(slot) for slot in self._owned_slots()):
                 self._forget_everybody()

@@ -87,22 +87,17 @@ def cuda_version() -> tuple[int, int]:
 
 
 class XidWatch:
-    """Errors that the driver reports for some devices, from the moment this is made."""
+    """Errors that the driver reports for a device, from the moment this is made."""
 
-    def __init__(self, uuids: list[str]) -> None:
-        """Raises NotSupportedByDevice where a device reports no errors, DeviceNotFound for an unknown one."""
+    def __init__(self, uuid: str) -> None:
+        """Raises NotSupportedByDevice where the device reports no errors, DeviceNotFound for an unknown one."""
         import pynvml
 
-        self._gpus = {_uuid(_gpu_of(_handle(uuid), uuid)): uuid for uuid in uuids}
+        self._uuid = uuid
         self._events = _call("nvmlEventSetCreate")
-        for gpu, uuid in self._gpus.items():
-            _call(
-                "nvmlDeviceRegisterEvents",
-                _handle(gpu),
-                pynvml.nvmlEventTypeXidCriticalError,
-                self._events,
-                about=uuid,
-            )
+        # An error of a GPU that is split is an error of each instance: only the whole has events.
+        gpu = _gpu_of(_handle(uuid), uuid)
+        _call("nvmlDeviceRegisterEvents", gpu, pynvml.nvmlEventTypeXidCriticalError, self._events, about=uuid)
 
     def poll(self, timeout_s: float = 0.0) -> list[Xid]:
         """The errors since the last poll, waiting up to `timeout_s` for the first."""
@@ -115,10 +110,8 @@ class XidWatch:
             except pynvml.NVMLError_Timeout:
                 return found
             except pynvml.NVMLError as error:
-                raise _translate(error, "the driver's events") from None
-            gpu = _uuid(event.device)
-            # An error of a GPU that is split is an error of each instance.
-            found.append(Xid(uuid=self._gpus.get(gpu, gpu), number=int(event.eventData)))
+                raise _translate(error, self._uuid) from None
+            found.append(Xid(uuid=self._uuid, number=int(event.eventData)))
 
     def close(self) -> None:
         _call("nvmlEventSetFree", self._events)

@@ -20,7 +20,7 @@ class ResidentMeter:
 
     def __init__(self, publish: Callable[[int], None] = lambda num_bytes: None) -> None:
         """`publish` is told the allocated bytes each time they are read."""
-        self._publish = publish
+        self.publish = publish
         # Without this, glibc keeps what is freed, and the process seems to hold it still.
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 65536)
@@ -28,7 +28,7 @@ class ResidentMeter:
 
     def allocated_bytes(self) -> int:
         num_bytes = max(0, _status("VmRSS") - self._start_bytes)
-        self._publish(num_bytes)
+        self.publish(num_bytes)
         return num_bytes
 
     def peak_bytes(self) -> int:

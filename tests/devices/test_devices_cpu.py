@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -189,8 +190,10 @@ class TestShortage:
         assert len(held) == 4
 
     def test_it_is_not_asked_while_memory_is_free(self, device: CpuDevice) -> None:
-        device.on_shortage(lambda missing_bytes: pytest.fail("asked"))
+        asked: list[int] = []
+        device.on_shortage(lambda missing_bytes: asked.append(missing_bytes) or 0)
         mebibytes(64)
+        assert not asked
 
     @pytest.mark.parametrize("answer", [0, 2**40])
     def test_one_that_releases_nothing_is_not_asked_for_ever(self, device: CpuDevice, answer: int) -> None:
@@ -265,10 +268,22 @@ class TestShortage:
         assert len(kept) == 14
 
     def test_none_takes_it_away(self, device: CpuDevice) -> None:
-        device.on_shortage(lambda missing_bytes: pytest.fail("asked"))
+        asked: list[int] = []
+        device.on_shortage(lambda missing_bytes: asked.append(missing_bytes) or 0)
         device.on_shortage(None)
         with pytest.raises(torch.OutOfMemoryError):
             mebibytes(65)
+        assert not asked
+
+    def test_an_interrupt_meanwhile_is_not_lost(self, device: CpuDevice) -> None:
+        def interrupted(missing_bytes: int) -> int:
+            raise KeyboardInterrupt
+
+        device.on_shortage(interrupted)
+        with pytest.raises(torch.OutOfMemoryError):
+            mebibytes(65)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(5)
 
 
 def test_a_meter_needs_an_active_device(ledger_device: MakeDevice) -> None:

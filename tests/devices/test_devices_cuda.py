@@ -9,10 +9,10 @@ import subprocess
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from fake_driver import FakeDriver
 
 from revdist import errors
@@ -27,6 +27,8 @@ MakeDevice = Callable[..., CpuDevice]
 @contextlib.contextmanager
 def torch_sees(*uuids: str, initialized: bool = False) -> Iterator[list[int]]:
     """torch.cuda with those devices, in its own order; gives the indexes that were set."""
+    import torch  # here, since not every child process of these tests needs it
+
     chosen: list[int] = []
 
     def properties(index: int) -> types.SimpleNamespace:
@@ -40,6 +42,7 @@ def torch_sees(*uuids: str, initialized: bool = False) -> Iterator[list[int]]:
         set_device=chosen.append,
         memory_allocated=lambda index: 100 + index,
         max_memory_allocated=lambda index: 200 + index,
+        mem_get_info=lambda index: (30 + index, 100 + index),
     ):
         yield chosen
 
@@ -57,25 +60,51 @@ def test_an_instance_may_carry_its_gpus_uuid(monkeypatch: pytest.MonkeyPatch) ->
         assert torch_index("MIG-a") == 0
 
 
-def _activate(gpu: str, initialized: bool) -> tuple[list[int], str, str, list[int], str]:
-    seen = ("GPU-x", gpu) if initialized else (gpu,)
-    with torch_sees(*seen, initialized=initialized) as chosen:
-        device = open_device(uuid=gpu)
-        with contextlib.suppress(errors.DeviceError):
-            device.meter()
-            raise AssertionError("a meter before activate")
-        device.activate()
-        meter = device.meter()
-        counters = [meter.allocated_bytes(), meter.peak_bytes()]
-        return chosen, os.environ.get("CUDA_VISIBLE_DEVICES", ""), str(device.torch_device), counters, device.name
+def _activate(gpu: str) -> list[tuple[Any, ...]]:
+    seen = []
+    for uuids, initialized in (((gpu,), False), (("GPU-x", gpu), True)):
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        with torch_sees(*uuids, initialized=initialized) as chosen:
+            device = open_device(uuid=gpu)
+            device.activate()
+            meter = device.meter()
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            seen.append((chosen, visible, str(device.torch_device), meter.allocated_bytes(), meter.peak_bytes()))
+    return seen
 
 
 def test_a_device_is_activated_by_its_uuid(fake_driver: FakeDriver, ledger_device: MakeDevice) -> None:
     gpu = fake_driver.add_gpu(ledger_device(80 * MIB).ledger_path)
-    name = "NVIDIA A100-SXM4-40GB"
-    assert fake_driver.call(_activate, gpu, False) == ([0], gpu, "cuda:0", [100, 200], name)
+    fresh, initialized = fake_driver.call(_activate, gpu)
+    assert fresh == ([0], gpu, "cuda:0", 100, 200)
     # CUDA has looked at the environment already: the device is found among those it sees.
-    assert fake_driver.call(_activate, gpu, True) == ([1], "", "cuda:1", [101, 201], name)
+    assert initialized == ([1], None, "cuda:1", 101, 201)
+
+
+def _meter_before_activate(gpu: str) -> None:
+    open_device(uuid=gpu).meter()
+
+
+def test_a_meter_needs_an_active_device(fake_driver: FakeDriver, ledger_device: MakeDevice) -> None:
+    gpu = fake_driver.add_gpu(ledger_device(80 * MIB).ledger_path)
+    with pytest.raises(errors.DeviceError, match="activate"):
+        fake_driver.call(_meter_before_activate, gpu)
+
+
+def _read_through_torch(driver: FakeDriver, gpu: str) -> tuple[int, int]:
+    with torch_sees(gpu):
+        device = open_device(uuid=gpu)
+        device.activate()
+        driver.fail("not-supported", function="nvmlDeviceGetMemoryInfo")
+        reading = device.read()
+        return reading.free_bytes, reading.total_bytes
+
+
+def test_memory_that_nvml_does_not_report_is_read_through_torch(
+    fake_driver: FakeDriver, ledger_device: MakeDevice
+) -> None:
+    gpu = fake_driver.add_gpu(ledger_device(80 * MIB).ledger_path)
+    assert fake_driver.call(_read_through_torch, fake_driver, gpu) == (30, 100)
 
 
 def _first_gpu() -> str:
@@ -111,6 +140,7 @@ def test_where_it_cannot_be_compiled_a_shortage_is_met_by_redoing(
 
 def _meet_shortages(library: str) -> tuple[bool, list[int], list[int]]:
     os.environ |= {"REVDIST_CUDA_SHORTAGE": "1", "LIBRARY_PATH": str(Path(library).parent)}
+    ctypes.CDLL(str(build.torch_folder() / "lib" / "libc10.so"))  # as torch has, before a CUDA device is active
     fake = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     asked: list[int] = []
     registered = cuda_shortage.register(lambda missing_bytes: asked.append(missing_bytes) or missing_bytes)
