@@ -118,7 +118,7 @@ class CpuDevice(Device):
         return True
 
     def remove(self) -> None:
-        """Deletes the device. Raises DeviceError while a process uses it."""
+        """Deletes the device. Raises DeviceError while another process uses it."""
         self._ledger.remove()
 
 

@@ -133,7 +133,7 @@ class Ledger:
     def create(cls, path: Path, capacity_bytes: int) -> Ledger:
         """Opens the ledger with that capacity, creating it if need be.
 
-        Raises UsageError if living processes use it with another capacity.
+        Raises UsageError if other processes use it with another capacity.
         """
         if capacity_bytes <= 0:
             raise UsageError(f"capacity {capacity_bytes} of device {path.stem!r} must be positive")
@@ -207,7 +207,7 @@ class Ledger:
     def remove(self) -> None:
         """Deletes the file.
 
-        Raises DeviceError while processes use the device.
+        Raises DeviceError while other processes use the device. What this one holds of it stays valid.
         """
         with _locked(self.path.parent):
             if users := self._users():
@@ -218,12 +218,12 @@ class Ledger:
         return [slot for slot in self._file.slots[: self._file.num_used_slots] if slot.owner]
 
     def _users(self) -> str:
-        """Living processes that use the device; this one only if it holds memory of it."""
+        """Other living processes that use the device."""
         own = host.process_identity(os.getpid())
         return ", ".join(
             f"process {host.identity_pid(slot.owner)} ({slot.name.decode(errors='replace')})"
             for slot in self._owned_slots()
-            if self._is_alive(slot) and (slot.owner != own or slot.current_bytes)
+            if slot.owner != own and self._is_alive(slot)
         )
 
     @staticmethod

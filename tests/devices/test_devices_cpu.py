@@ -121,6 +121,17 @@ def test_what_was_charged_is_given_back_to_the_device_it_was_charged_to(ledger_d
     assert (first.read().used_bytes, second.read().used_bytes) == (0, 0)
 
 
+def test_tensors_outlive_the_device_they_were_charged_to(ledger_device: MakeDevice) -> None:
+    device = ledger_device(64 * MIB)
+    device.activate()
+    tensor = torch.ones(MIB)
+    device.deactivate()
+    device.remove()
+    assert tensor.sum() == MIB
+    del tensor
+    assert ledger_device(32 * MIB).read().free_bytes == 32 * MIB
+
+
 def test_buffers_that_onednn_took_before_may_be_freed_after(ledger_device: MakeDevice) -> None:
     # oneDNN frees its buffers through the allocator that is current then.
     convolution = torch.nn.Conv2d(8, 8, 3)

@@ -70,11 +70,23 @@ def test_an_unused_device_takes_a_new_capacity(devices_folder: Path) -> None:
 
 def test_a_device_in_use_keeps_its_capacity_and_its_file(devices_folder: Path) -> None:
     device = Ledger.create(ledger_path("cpu-0"), 48 * MIB)
-    device.charge_by_hand(device.claim_slot("trainer"), MIB)
-    with pytest.raises(UsageError, match=r"48.0 MiB, not 96.0 MiB.*trainer"):
-        Ledger.create(ledger_path("cpu-0"), 96 * MIB)
-    with pytest.raises(DeviceError, match="in use"):
-        device.remove()
+    device.claim_slot("this process does not count")
+    code = f"""
+from pathlib import Path
+from revdist.devices.ledger import Ledger
+Ledger(Path({str(device.path)!r})).claim_slot('trainer')
+print(input('claimed'))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.read(7) == b"claimed"
+        with pytest.raises(UsageError, match=r"48.0 MiB, not 96.0 MiB.*trainer"):
+            Ledger.create(ledger_path("cpu-0"), 96 * MIB)
+        with pytest.raises(DeviceError, match="in use"):
+            device.remove()
+        other.communicate(b"end\n")
+    assert Ledger.create(ledger_path("cpu-0"), 96 * MIB).capacity_bytes == 96 * MIB
+    device.remove()
 
 
 def test_a_missing_device_names_those_there_are(devices_folder: Path) -> None:
