@@ -231,6 +231,18 @@ def _device_source(address: str | None) -> AbstractContextManager[Callable[[], l
 
 @app.command()
 @reported
+def doctor(address: Address = None) -> None:
+    """Say what this machine, and a cluster at --address, lack for training, with the remedy."""
+    from revdist.reporting.doctor import examine, findings_table
+
+    findings = examine(address)
+    console.print(findings_table(findings))
+    if any(finding.status == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+@reported
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `revdist launch` wrote.")],
     png: Annotated[

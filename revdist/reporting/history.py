@@ -45,6 +45,19 @@ class RunHistory:
             found.update(int(rank["rank"]) for rank in line.get("ranks", ()))
         return tuple(sorted(found))
 
+    def device(self, rank: int) -> Line:
+        """What a rank runs on, as the run wrote it down when it started; empty where it did not."""
+        for event in self.events:
+            for line in event.get("devices", ()):
+                if line["rank"] == rank:
+                    return dict(line)
+        return {}
+
+    def device_name(self, uuid: str) -> str:
+        """The name of a device; its UUID where no name was written down."""
+        names = {line["device"]: line["name"] for event in self.events for line in event.get("devices", ())}
+        return str(names.get(uuid, uuid))
+
     def plans_of(self, rank: int) -> list[Line]:
         return [plan for plan in self.plans if plan["rank"] == rank]
 

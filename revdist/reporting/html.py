@@ -155,6 +155,6 @@ def _event_row(history: RunHistory, event: Line) -> dict[str, Any]:
         "step": event.get("step", ""),
         "kind": event.get("kind", ""),
         "rank": event.get("rank", ""),
-        "device": event.get("device", ""),
+        "device": history.device_name(event.get("device", "")),
         "detail": detail if isinstance(detail, str) else ", ".join(f"{k}: {v}" for k, v in dict(detail).items()),
     }

@@ -14,7 +14,7 @@ from revdist.cluster.observer import Observer
 from revdist.devices.reading import Reading
 from revdist.planning.costs import Plan
 from revdist.reporting.live_state import RunState
-from revdist.reporting.phrases import plan_change
+from revdist.reporting.phrases import plan_change, shown_path
 from revdist.reporting.screens import Screen, screen_for
 from revdist.reporting.summary import summary_panel
 
@@ -55,7 +55,7 @@ class LiveView(Observer):
         self._state.start(run_dir, devices)
         count = f"{len(devices)} device" + ("s" if len(devices) != 1 else "")
         self._console.print(
-            Text.assemble((self._state.name, "bold"), f" on {count}, written to {run_dir}"), soft_wrap=True
+            Text.assemble((self._state.name, "bold"), f" on {count}, written to {shown_path(run_dir)}"), soft_wrap=True
         )
         self._screen.open(self._state)
         self._is_open = True
@@ -82,7 +82,7 @@ class LiveView(Observer):
         if kind == "lost" and rank in self._state.ranks:
             self._state.ranks[rank].lost = True
         if kind in EVENT_STYLES:
-            detail = event.get("detail")
+            detail = self._shortened(str(event.get("detail") or ""))
             sentence = f"{kind}: {detail}" if detail else kind
             self._tell(rank, sentence, EVENT_STYLES[kind], device=str(event.get("device") or ""))
 
@@ -97,6 +97,10 @@ class LiveView(Observer):
         if name:
             head.append(f"  {name}", style="not dim bold")
         self._screen.line(head, Text(sentence, style=style))
+
+    def _shortened(self, detail: str) -> str:
+        """Paths in the run directory without it, which was named at the start."""
+        return detail.replace(f"{self._state.run_dir}/", "") if self._state.run_dir else detail
 
     def _close(self) -> None:
         self._starting.stop()

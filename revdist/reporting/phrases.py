@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from revdist.errors import format_bytes
 from revdist.planning.costs import Mode, Plan
@@ -57,6 +58,11 @@ def seconds(value: float) -> str:
 def rate(value: float) -> str:
     """Samples per second: three digits where they matter, whole numbers above."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def shown_path(path: Path) -> str:
+    """A path as one would type it from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def mode_counts(strip: str) -> str:

@@ -59,7 +59,7 @@ def frontier(axes: Axes, found: Study) -> None:
     _extremes(axes, found, size, scale)
     for index, choice in enumerate(found.choices):
         beyond = choice.budget_bytes > right  # marked at the edge: an axis that long would hide the frontier
-        point = (min(choice.budget_bytes, right) / size, choice.schedule.extra_s / scale)
+        point = (min(choice.budget_bytes, right - 0.02 * span) / size, choice.schedule.extra_s / scale)
         axes.plot(
             *point,
             ">" if beyond else "o",
@@ -91,7 +91,7 @@ def _percent_axis(axes: Axes, share_per_unit: float) -> None:
         return share / share_per_unit
 
     percent = axes.secondary_yaxis("right", functions=(to_share, to_time))
-    percent.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"+{value:.0%}"))
+    percent.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"+{100 * value:.3g}%"))
     percent.spines["right"].set_visible(False)
 
 
@@ -192,7 +192,7 @@ def batches(axes: Axes, found: Study) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value) if value else "0"))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max((point.samples_per_s for _, points in found.curves for point in points), default=1.0))
     axes.set_title("Throughput by micro-batch (dot: the best)")
     axes.set_xlabel("micro-batch (samples)")
     axes.set_ylabel("samples/s")

@@ -12,20 +12,22 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.transforms import blended_transform_factory
 
 from revdist.errors import ConfigError
 from revdist.planning.costs import Mode
 from revdist.reporting.figure import house_style, mode_handles, new_figure, save_png
 from revdist.reporting.history import Line, RunHistory, read_history
-from revdist.reporting.palette import FAINT, INK, MODE_COLORS, MODE_OF_LETTER, MUTED, rank_color
+from revdist.reporting.palette import INK, MODE_COLORS, MODE_OF_LETTER, MUTED, rank_color
 from revdist.reporting.phrases import REASONS, byte_unit, letters_used, rate
 
 T = TypeVar("T")
 
 MAX_POINTS = 1500
 """Points drawn per line; longer runs are thinned, which a figure this wide cannot show."""
+FREE = "#9aa5b1"
+LABEL_SHARE = 0.15
+"""A plan in force for less than this part of the run has no room for a label."""
 MAX_RANKS = 8
 """Ranks with a panel of their own."""
 
@@ -75,9 +77,10 @@ def memory_figure(history: RunHistory) -> Figure:
             _memory(panels[2 * index], history, rank)
             _ribbon(panels[2 * index + 1], history, rank)
         panels[-1].set_xlabel("seconds since the start")
+        panels[-1].set_xlim(0, max(history.end_s - history.start_s, 1e-9))
         strips = [str(plan.get("strip", "")) for plan in history.plans]
-        figure.legend(handles=_memory_handles(), loc="outside lower left", ncols=4)
-        figure.legend(handles=mode_handles(letters_used(strips)), loc="outside lower right", ncols=4)
+        handles = [*_memory_handles(), *mode_handles(letters_used(strips))]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -123,22 +126,25 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 def _memory(axes: Axes, history: RunHistory, rank: int) -> None:
     steps = _thin(history.steps_of(rank))
     times = np.array([line["time"] - history.start_s for line, _ in steps])
-    series = {
-        key: _values([part for _, part in steps], key)
-        for key in ("free_bytes", "budget_bytes", "peak_bytes", "predicted_peak_bytes")
-    }
+    parts = [part for _, part in steps]
     fixed = fixed_bytes(history.plans_of(rank), [line["step"] for line, _ in steps])
-    series["peak_bytes"] -= fixed
-    series["predicted_peak_bytes"] -= fixed
-    unit, size = byte_unit(float(np.nanmax(values)) for values in series.values() if np.isfinite(values).any())
+    free = _values(parts, "free_bytes")
+    measured = _values(parts, "peak_bytes") - fixed
+    plans = history.plans_of(rank)
+    adopted = [plan["time"] - history.start_s for plan in plans] + [history.end_s - history.start_s]
+    budget = np.array([plan["budget_bytes"] for plan in plans] + [plan["budget_bytes"] for plan in plans[-1:]])
+    need = np.array(
+        [plan["schedule"]["need_bytes"] for plan in plans] + [p["schedule"]["need_bytes"] for p in plans[-1:]]
+    )
+    unit, size = byte_unit([*free, *measured, *budget])
     color = rank_color(rank)
-    axes.fill_between(times, series["free_bytes"] / size, color=FAINT, step="post", linewidth=0)
-    axes.step(times, series["budget_bytes"] / size, where="post", color=INK, linewidth=1.4)
-    predicted, measured = series["predicted_peak_bytes"] / size, series["peak_bytes"] / size
-    axes.plot(times, predicted, color=color, linestyle=(0, (4, 2)), linewidth=1.3)
-    axes.plot(times, measured, color=color)
+    axes.plot(times, free / size, ".", color=FREE, markersize=4, zorder=1)
+    axes.step(adopted, budget / size, where="post", color=INK, linewidth=1.4)
+    axes.step(adopted, need / size, where="post", color=color, linestyle=(0, (4, 2)), linewidth=1.3)
+    axes.plot(times, measured / size, color=color, alpha=0.25, linewidth=1)
+    axes.plot(times, _smoothed(measured) / size, color=color)
     _mark_replans(axes, history, rank)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max([1.0, *free, *measured, *budget]) / size)
     axes.set_ylabel(unit)
     axes.set_title(f"Rank {rank}, {_device_name(history, rank)}: memory for activations")
 
@@ -146,7 +152,7 @@ def _memory(axes: Axes, history: RunHistory, rank: int) -> None:
 def _memory_handles() -> list[Artist]:
     """One legend for all panels; peaks are drawn in each rank's colour."""
     return [
-        Patch(color=FAINT, label="free"),
+        Line2D([], [], color=FREE, marker=".", linestyle="", label="free, as read during steps"),
         Line2D([], [], color=INK, linewidth=1.4, label="budget"),
         Line2D([], [], color=MUTED, linestyle=(0, (4, 2)), linewidth=1.3, label="peak, predicted"),
         Line2D([], [], color=MUTED, label="peak, measured"),
@@ -188,6 +194,9 @@ def _ribbon(axes: Axes, history: RunHistory, rank: int) -> None:
             edgecolors="white",
             linewidth=0.4 if height <= 60 else 0,
         )
+        if end - start > LABEL_SHARE * edges[-1]:
+            shares = f" {plan['share']} samples in {plan['accumulation_steps']} x {plan['micro_batch']}"
+            axes.text(start, 0, shares, va="bottom", fontsize=7.5, color=INK)
     axes.set_ylim(height, 0)
 
 
@@ -200,11 +209,11 @@ def _mark_replans(axes: Axes, history: RunHistory, rank: int | None = None) -> N
             axes.axvline(at, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
             if rank is not None:
                 reason = REASONS.get(str(plan["reason"]), str(plan["reason"]))
-                axes.text(at, 0.97, f" {reason}", transform=place, va="top", fontsize=7.5, color=MUTED)
+                axes.text(at, 0.96, f" {reason} ", transform=place, va="top", fontsize=7.5, color=MUTED,
+                          bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
 
 
 def _device_name(history: RunHistory, rank: int) -> str:
-    for line in (*history.plans_of(rank), *(part for _, part in history.steps_of(rank)[:1])):
-        if line.get("device"):
-            return str(line["device"])
-    return "unknown device"
+    device = history.device(rank)
+    plans = history.plans_of(rank)
+    return str(device.get("name") or (plans[0]["device"] if plans else "unknown device"))

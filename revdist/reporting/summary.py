@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from revdist.reporting.live_state import RunState
-from revdist.reporting.phrases import rate, seconds
+from revdist.reporting.phrases import rate, seconds, shown_path
 
 
 def gain_sentences(gains: Mapping[str, Any]) -> list[str]:
@@ -26,7 +26,9 @@ def gain_sentences(gains: Mapping[str, Any]) -> list[str]:
     ):
         ratio = gains.get(key)
         if ratio is not None:
-            sentences.append(f"{ratio:.2f} times as fast as {other}")
+            sentences.append(
+                f"{ratio:.2f} times as fast as {other}" if abs(ratio - 1) >= 0.005 else f"as fast as {other}"
+            )
     return sentences
 
 
@@ -47,8 +49,8 @@ def summary_panel(summary: Mapping[str, Any], state: RunState) -> RenderableType
         if gains.get("basis"):
             grid.add_row("", Text(f"({gains['basis']})", style="dim"))
     if state.run_dir is not None:
-        grid.add_row("run directory", Text(str(state.run_dir), style="bold"))
-        grid.add_row("look at it", Text(f"revdist report {state.run_dir}"))
+        grid.add_row("run directory", Text(shown_path(state.run_dir), style="bold"))
+        grid.add_row("look at it", Text(f"revdist report {shown_path(state.run_dir)}"))
     return Panel(grid, title=Text(state.name, style="bold"), title_align="left", border_style="green", expand=False)
 
 

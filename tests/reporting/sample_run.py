@@ -11,6 +11,10 @@ from typing import Any
 MIB = 2**20
 START = 1_700_000_000.0
 OPERATORS = 14
+DEVICES = [
+    {"rank": rank, "device": f"CPU-{rank:04d}", "name": f"cpu-{rank}", "host": "node-a", "total_bytes": total * MIB}
+    for rank, total in enumerate((48, 160))
+]
 CONFIG = """\
 name: sample
 model: {factory: "revdist.models:revnet38", kwargs: {num_classes: 10}}
@@ -72,7 +76,7 @@ def write_run(run_dir: Path, *, steps: int = 240, finished: bool = True) -> Path
             }
         )
     events = [
-        event(0, "start", detail="2 replicas", num_steps=steps),
+        event(0, "start", detail="2 replicas", num_steps=steps, devices=DEVICES),
         event(squeeze, "co-tenant", device="CPU-0001", detail="takes 90.0 MiB"),
         event(squeeze, "replan", rank=1, detail="memory-lost"),
         event(relax, "co-tenant", device="CPU-0001", detail="gives it back"),

@@ -76,8 +76,8 @@ def test_a_run_over_time(tmp_path: Path) -> None:
     learning, memory = learning_figure(history), memory_figure(history)
     assert titles(learning) == ["Loss", "Throughput"]
     assert [title.split(",")[0] for title in titles(memory)] == ["Rank 0", "Rank 1"]
-    reasons = {text.get_text().strip() for axes in memory.axes for text in axes.texts}
-    assert reasons == {"the batch is split anew", "less memory is free", "more memory is free"}
+    texts = {text.get_text().strip() for axes in memory.axes for text in axes.texts}
+    assert texts >= {"the batch is split anew", "less memory is free", "more memory is free", "24 samples in 2 x 16"}
     ribbon = memory.axes[3].collections[0].get_array()
     assert ribbon is not None
     assert ribbon.size == OPERATORS
