@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from revdist.devices.device import Device
 from revdist.errors import DeviceError, RevdistError, RunFailed
-from revdist.training import checkpoint, checkpoint_files, group
+from revdist.training import checkpoint_files, group
 from revdist.training.evaluation import evaluate
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.loop import Loop, Trained
@@ -158,6 +158,8 @@ class Replica:
 
     def _resume(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
         """Take up the state of the newest checkpoint: rank 0 reads it and sends it to the others."""
+        from revdist.training import checkpoint
+
         step = [0]
         if self._rank == 0:
             newest = checkpoint_files.newest(self._assignment.checkpoints)
@@ -205,6 +207,8 @@ class Replica:
 
     def _save(self, trained: Trained) -> None:
         """Save the state at a step boundary that all ranks have reached; rank 0 writes it."""
+        from revdist.training import checkpoint  # seconds to import, which the first step need not wait for
+
         assert self._loop is not None
         shares = self._loop.shares
         trained.replicated.average_buffers(shares.by_rank[self._rank])

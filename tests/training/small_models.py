@@ -1,0 +1,100 @@
+"""Small reversible models for tests of training, and what goes wrong in them on purpose."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revdist.reversible.chain import ReversibleChain
+from revdist.reversible.couplings import AdditiveCoupling
+
+CLASSES = 5
+CHANNELS = 8
+
+
+def branch(channels: int, *, norm: bool, dropout: float = 0.0) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.BatchNorm2d(channels)] if norm else []
+    layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.Tanh()]
+    if dropout:
+        layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)
+
+
+def couplings(depth: int, *, norm: bool = False, dropout: float = 0.0) -> ReversibleChain:
+    half = CHANNELS // 2
+    return ReversibleChain(
+        [AdditiveCoupling(*(branch(half, norm=norm, dropout=dropout) for _ in range(2))) for _ in range(depth)]
+    )
+
+
+def classifier(depth: int = 3, *, norm: bool = False, dropout: float = 0.0, trouble: nn.Module | None = None) -> nn.Module:
+    """Images (B, 1, H, W) to logits (B, CLASSES)."""
+    return nn.Sequential(
+        nn.Conv2d(1, CHANNELS, 3, padding=1),
+        trouble or nn.Identity(),
+        couplings(depth, norm=norm, dropout=dropout),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(CHANNELS, CLASSES),
+    )
+
+
+def short_of_memory(*, rank: int, passes: list[int], phase: str, depth: int = 3) -> nn.Module:
+    """The classifier, out of memory on one rank at the given training passes, in `forward` or `backward`."""
+    return classifier(depth, trouble=Shortage(rank, tuple(passes), phase))
+
+
+class Shortage(nn.Module):
+    """Passes its input on, and runs out of memory in chosen training passes of one rank."""
+
+    def __init__(self, rank: int, passes: tuple[int, ...], phase: str) -> None:
+        super().__init__()
+        self.rank = rank
+        self.passes = passes
+        self.phase = phase
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The profiler's passes do not count: the group is formed after it.
+        if "WORLD_SIZE" not in os.environ or not torch.is_grad_enabled():
+            return x
+        self.count += 1
+        fails = self.count in self.passes and int(os.environ["RANK"]) == self.rank
+        if fails and self.phase == "forward":
+            raise torch.OutOfMemoryError("a shortage staged in the forward")
+        return _FailingBackward.apply(x, fails)
+
+
+class _FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fails: bool) -> Tensor:
+        ctx.fails = fails
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.fails:
+            raise torch.OutOfMemoryError("a shortage staged in the backward")
+        return grad, None
+
+
+class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Random images with random labels, the same every time."""
+
+    def __init__(self, num_samples: int, seed: int, size: int = 6) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.images = torch.randn(num_samples, 1, size, size, generator=generator)
+        self.labels = torch.randint(CLASSES, (num_samples,), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+def images(num_samples: int = 50, num_test: int = 21) -> tuple[Images, Images]:
+    return Images(num_samples, 1), Images(num_test, 2)
