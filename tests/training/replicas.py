@@ -83,7 +83,8 @@ def run_replicas(
         )
         assignment = Assignment(config=config, rendezvous=rendezvous, checkpoints=folder / "checkpoints", resume=resume)
         process = context.Process(
-            target=_live, args=(assignment, listener if rank == 0 else None, [tuple(s) for s in shares], stop_after, theirs)
+            target=_live,
+            args=(assignment, listener if rank == 0 else None, [tuple(s) for s in shares], stop_after, theirs),
         )
         process.start()
         pipes.append(ours)

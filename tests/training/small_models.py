@@ -30,7 +30,9 @@ def couplings(depth: int, *, norm: bool = False, dropout: float = 0.0) -> Revers
     )
 
 
-def classifier(depth: int = 3, *, norm: bool = False, dropout: float = 0.0, trouble: nn.Module | None = None) -> nn.Module:
+def classifier(
+    depth: int = 3, *, norm: bool = False, dropout: float = 0.0, trouble: nn.Module | None = None
+) -> nn.Module:
     """Images (B, 1, H, W) to logits (B, CLASSES)."""
     return nn.Sequential(
         nn.Conv2d(1, CHANNELS, 3, padding=1),

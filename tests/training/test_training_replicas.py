@@ -43,7 +43,8 @@ def train_alone(config: RunConfig, *, dtype: torch.dtype, **model: Any) -> dict[
 def largest_difference(state: dict[str, torch.Tensor], alone: dict[str, torch.Tensor]) -> float:
     """Of all parameters, relative to the largest entry of each."""
     return max(
-        float((state[f"model/{name}"] - parameter).abs().max() / parameter.abs().max()) for name, parameter in alone.items()
+        float((state[f"model/{name}"] - parameter).abs().max() / parameter.abs().max())
+        for name, parameter in alone.items()
     )
 
 

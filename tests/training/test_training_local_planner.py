@@ -1,0 +1,96 @@
+"""From a budget to a plan, and what happens when a plan turns out not to fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from replicas import run_config
+
+from revdist.errors import BudgetTooSmall
+from revdist.planning.costs import Mode, Option, Profile
+from revdist.training.local_planner import LocalPlanner
+
+KIB = 1024
+
+
+def profile(micro_batch: int) -> Profile:
+    """Four operators that hold 10 KiB a sample when saved, and cost a millisecond a sample when inverted."""
+    options = [
+        Option(Mode.SAVE, 10 * KIB * micro_batch, 2 * KIB * micro_batch, 0.0),
+        Option(Mode.INVERT, 0, 4 * KIB * micro_batch, 0.001 * micro_batch),
+    ]
+    return Profile.from_options([options] * 4, micro_batch=micro_batch, base_s=0.002 + 0.01 * micro_batch)
+
+
+def planner(**changes: Any) -> LocalPlanner:
+    config = run_config(**changes)
+    profiles = [profile(1), profile(4)]
+    return LocalPlanner(config, profiles, rank=1, device="CPU-1", fixed_bytes=100 * KIB, step_peak_bytes=KIB)
+
+
+def test_more_memory_saves_more() -> None:
+    local = planner()
+    local.start(1000 * KIB)
+    rich = local.plan(4, generation=0, reason="start")
+    local.replan(20 * KIB, reason="memory-lost")
+    poor = local.plan(4, generation=0, reason="memory-lost")
+    assert rich.schedule.strip == "SSSS"
+    assert "I" in poor.schedule.strip
+    assert poor.predicted_step_s > rich.predicted_step_s
+    assert rich.predicted_peak_bytes == 100 * KIB + rich.schedule.need_bytes
+    assert poor.schedule.need_bytes <= 20 * KIB
+
+
+@pytest.mark.parametrize(("schedule", "strip"), [("save", "SSSS"), ("invert", "IIII")])
+def test_a_schedule_can_be_asked_for(schedule: str, strip: str) -> None:
+    local = planner(planning={"schedule": schedule})
+    local.start(1000 * KIB)
+    assert local.plan(4, generation=0, reason="start").schedule.strip == strip
+
+
+def test_a_start_without_room_says_how_much_is_missing() -> None:
+    with pytest.raises(BudgetTooSmall, match=r"2.0 KiB missing") as caught:
+        planner().start(2 * KIB)
+    assert caught.value.missing_bytes == caught.value.minimum_bytes - 2 * KIB
+    with pytest.raises(BudgetTooSmall, match="lower micro_batch"):
+        planner(micro_batch=4).start(2 * KIB)
+
+
+def test_below_the_minimum_a_running_replica_takes_the_smallest_plan() -> None:
+    local = planner()
+    local.start(1000 * KIB)
+    local.replan(0, reason="memory-lost")
+    assert local.budget_bytes == local.minimum_bytes == 4 * KIB
+
+
+def test_a_plan_that_ran_out_gives_way_to_a_clearly_smaller_one() -> None:
+    local = planner()
+    local.start(1000 * KIB)
+    plan = local.plan(4, generation=0, reason="start")
+    local.give_way(plan, budget_bytes=1000 * KIB)
+    smaller = local.plan(4, generation=0, reason="memory-lost")
+    assert smaller.schedule.need_bytes <= 0.9 * plan.schedule.need_bytes
+
+
+def test_a_reading_that_promised_too_much_is_not_believed_again() -> None:
+    local = planner()
+    local.start(1000 * KIB)
+    plan = local.plan(4, generation=0, reason="start")
+    local.give_way(plan, budget_bytes=1000 * KIB)
+    local.replan(1000 * KIB, reason="memory-gained")
+    again = local.plan(4, generation=0, reason="memory-gained")
+    assert again.schedule.need_bytes < plan.schedule.need_bytes
+
+
+def test_the_smallest_plan_cannot_give_way() -> None:
+    local = planner()
+    local.start(4 * KIB)
+    with pytest.raises(BudgetTooSmall):
+        local.give_way(local.plan(4, generation=0, reason="start"), budget_bytes=4 * KIB)
+
+
+def test_the_inverted_curve_is_slower_where_there_is_room() -> None:
+    local = planner()
+    local.start(1000 * KIB)
+    assert local.inverted_curve().step_s(4) > local.curve.step_s(4)

@@ -1,0 +1,83 @@
+"""What a run writes is read again, finished or not."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from replicas import run_config
+
+from revdist.errors import ConfigError
+from revdist.planning.costs import Mode, Plan, Schedule
+from revdist.training.run_directory import RunReader, RunWriter, default_run_dir, plan_of
+
+PLAN = Plan(
+    generation=1,
+    rank=0,
+    device="CPU-1",
+    share=3,
+    micro_batch=2,
+    accumulation_steps=2,
+    schedule=Schedule(modes=(Mode.SAVE, Mode.INVERT), extra_s=0.5, need_bytes=7),
+    budget_bytes=9,
+    predicted_step_s=1.5,
+    predicted_peak_bytes=20,
+    reason="memory-lost",
+)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run")
+    writer.create(run_config())
+    writer.plan(PLAN, time=1.0, step=4, free_bytes=5)
+    writer.metrics({"step": 1, "loss": float("nan"), "ranks": [{"rank": 0}]})
+    writer.event({"kind": "start", "step": 0})
+    reader = RunReader(tmp_path / "run")
+    assert reader.config() == run_config()
+    (plan,) = reader.plans()
+    assert plan["strip"] == "SI"
+    assert plan_of(plan) == PLAN
+    assert list(reader.metrics()) == [{"step": 1, "loss": None, "ranks": [{"rank": 0}]}]
+    assert list(reader.events()) == [{"kind": "start", "step": 0}]
+    assert reader.summary() is None
+    writer.summary({"steps": 3})
+    assert reader.summary() == {"steps": 3}
+    writer.close()
+
+
+def test_a_half_written_line_is_not_read(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path)
+    writer.create(run_config())
+    writer.close()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step":')
+    assert list(RunReader(tmp_path).metrics()) == [{"step": 1}]
+
+
+def test_nothing_exists_before_the_run_begins(tmp_path: Path) -> None:
+    RunWriter(tmp_path / "run").close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_directory_is_not_open_to_everybody(tmp_path: Path) -> None:
+    RunWriter(tmp_path / "run").create(run_config())
+    assert (tmp_path / "run").stat().st_mode & 0o027 == 0
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write the run directory"):
+        RunWriter(tmp_path / "file" / "run").create(run_config())
+
+
+def test_another_folder_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        RunReader(tmp_path)
+
+
+def test_runs_of_one_second_get_numbers(tmp_path: Path) -> None:
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    first = default_run_dir("digits", now, tmp_path)
+    first.mkdir()
+    assert first.name == "digits-20260102-030405"
+    assert default_run_dir("digits", now, tmp_path).name == "digits-20260102-030405-2"
