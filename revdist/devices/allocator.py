@@ -36,8 +36,6 @@ class NativeAllocator:
     peak_bytes: Callable[[], int]
     reset_peak: Callable[[], None]
     deactivate: Callable[[], None]
-    reclaim: Callable[[], None]
-    """Frees the slots of dead processes."""
     take: Callable[[int], int | None]
     """Takes and touches bytes as a tensor storage would; its address, or None where there are too few."""
     give_back: Callable[[int], None]
@@ -51,7 +49,6 @@ class NativeAllocator:
         self._bind("peak_bytes", ctypes.c_int64)
         self._bind("reset_peak", None)
         self._bind("deactivate", None)
-        self._bind("reclaim", None)
         self._bind("take", ctypes.c_void_p, ctypes.c_uint64)
         self._bind("give_back", None, ctypes.c_void_p)
         self._bind("_activate", ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)

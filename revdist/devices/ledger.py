@@ -161,19 +161,16 @@ class Ledger:
     def balance(self) -> Balance:
         """What living processes hold. Slots of dead ones count as free; the allocator frees them when it must."""
         alive = [slot for slot in self._owned_slots() if self._is_alive(slot)]
+        held = [(slot, int(slot.current_bytes)) for slot in alive]
         holders = [
-            Holder(
-                pid=host.identity_pid(slot.owner),
-                name=slot.name.decode(errors="replace"),
-                used_bytes=int(slot.current_bytes),
-            )
-            for slot in alive
-            if slot.current_bytes
+            Holder(pid=host.identity_pid(slot.owner), name=slot.name.decode(errors="replace"), used_bytes=num_bytes)
+            for slot, num_bytes in sorted(held, key=lambda item: -item[1])
+            if num_bytes
         ]
         return Balance(
             capacity_bytes=self.capacity_bytes,
-            used_bytes=sum(holder.used_bytes or 0 for holder in holders),
-            holders=tuple(sorted(holders, key=lambda holder: -(holder.used_bytes or 0))),
+            used_bytes=sum(num_bytes for _, num_bytes in held),
+            holders=tuple(holders),
             num_unenforced=sum(1 for slot in alive if slot.unenforced),
         )
 
@@ -184,16 +181,19 @@ class Ledger:
         """
         identity = host.process_identity(os.getpid())
         with _locked(self.path.parent):
-            for index, slot in enumerate(self._file.slots):
+            slots = list(enumerate(self._file.slots))
+            for index, slot in slots:
                 if slot.owner == identity:
                     slot.name = process_name.encode()[:87]
                     return index
             if not any(self._is_alive(slot) for slot in self._owned_slots()):
                 self._forget_everybody()
-            for index, slot in enumerate(self._file.slots):
-                if slot.owner == 0:
-                    self._fill(index, identity, process_name)
-                    return index
+            # A free one first: one of a dead process may be being freed at this very moment.
+            for available in (lambda slot: slot.owner == 0, lambda slot: not self._is_alive(slot)):
+                for index, slot in slots:
+                    if available(slot):
+                        self._fill(index, identity, process_name)
+                        return index
         raise DeviceError(
             f"all {NUM_SLOTS} slots of device {self.name} are taken: end some of its processes, or remove {self.path}"
         )

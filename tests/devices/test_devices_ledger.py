@@ -158,6 +158,21 @@ device.charge_by_hand(device.claim_slot('gone'), {MIB})
     assert Ledger(path).claim_slot("here") == 0
 
 
+def test_a_newcomer_takes_the_place_of_the_dead_when_it_is_full(
+    devices_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Ledger.create(ledger_path("cpu-0"), MIB)
+    identities = iter(range(1, 1000))
+    dead: set[int] = set()
+    monkeypatch.setattr(host, "process_identity", lambda pid: next(identities))
+    monkeypatch.setattr(Ledger, "_is_alive", lambda self, slot: slot.owner not in dead)
+    assert [device.claim_slot("early") for _ in range(ledger.NUM_SLOTS)] == list(range(ledger.NUM_SLOTS))
+    with pytest.raises(DeviceError, match="all 128 slots"):
+        device.claim_slot("one too many")
+    dead.add(8)
+    assert device.claim_slot("newcomer") == 7
+
+
 def test_a_zombie_holds_nothing() -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     assert host.process_identity(os.getpid())

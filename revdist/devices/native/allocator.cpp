@@ -90,7 +90,8 @@ bool try_charge(const Account& account, uint64_t num_bytes) {
 }
 
 // Frees the slots of dead processes. Whoever changes the owner first does it; were it to die in
-// between, the slot would be its own, and the next one frees that.
+// between, the slot would be its own, and the next one frees that. A process that has claimed the
+// slot meanwhile keeps it.
 void reclaim(const Account& account) {
   uint64_t here = revdist_pid_namespace();
   uint64_t self = revdist_load(&account.slot->owner);
@@ -100,7 +101,8 @@ void reclaim(const Account& account) {
     if (!revdist_slot_is_dead(&slot, here)) continue;
     if (!__atomic_compare_exchange_n(&slot.owner, &owner, self, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
     __atomic_store_n(&slot.current_bytes, uint64_t{0}, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&slot.owner, uint64_t{0}, __ATOMIC_SEQ_CST);
+    owner = self;
+    __atomic_compare_exchange_n(&slot.owner, &owner, uint64_t{0}, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
   }
 }
 
@@ -249,7 +251,9 @@ EXPORTED int revdist_activate(const char* path, uint32_t slot_index) {
   close(file);
   if (memory == MAP_FAILED) return error;
   auto* ledger = static_cast<revdist_ledger*>(memory);
-  active_account.store(new Account{ledger, &ledger->slots[slot_index]}, std::memory_order_release);
+  auto* account = new Account{ledger, &ledger->slots[slot_index]};
+  reclaim(*account);
+  active_account.store(account, std::memory_order_release);
   return 0;
 }
 
@@ -280,10 +284,6 @@ EXPORTED void revdist_reset_peak() {
 
 // Called inside a failing allocation with the bytes that are missing; returns the bytes it released.
 EXPORTED void revdist_on_shortage(ShortageCallback callback) { shortage_callback.store(callback); }
-
-EXPORTED void revdist_reclaim() {
-  if (const Account* account = active_account.load()) reclaim(*account);
-}
 
 // Takes memory as a tensor storage would, and touches it. Returns null where the device has too little.
 EXPORTED void* revdist_take(uint64_t num_bytes) {
