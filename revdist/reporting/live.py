@@ -25,9 +25,13 @@ EVENT_STYLES: Mapping[str, str] = {
     "out-of-memory": "bold yellow",
     "lost": "bold red",
     "preempted": "bold yellow",
-    "failed": "bold red",
 }
-"""The events worth a line, with their colour. A replan is told from its plan; the rest shows in the table."""
+"""The events worth a line, with their colour. A replan is told from its plan, a failure by the error that it ends
+with, and the rest shows in the table."""
+
+
+MAX_NAMES = 8
+"""Devices named in the first line; more are counted."""
 
 
 class LiveView(Observer):
@@ -53,10 +57,9 @@ class LiveView(Observer):
     def on_start(self, run_dir: Path, devices: Sequence[Reading]) -> None:
         self._starting.stop()
         self._state.start(run_dir, devices)
-        count = f"{len(devices)} device" + ("s" if len(devices) != 1 else "")
-        self._console.print(
-            Text.assemble((self._state.name, "bold"), f" on {count}, written to {shown_path(run_dir)}"), soft_wrap=True
-        )
+        names = [state.device for state in self._state.ranks.values()]
+        place = ", ".join(names) if len(names) <= MAX_NAMES else f"{len(names)} devices"
+        self._console.print(Text.assemble((self._state.name, "bold"), f" on {place}"), soft_wrap=True)
         self._screen.open(self._state)
         self._is_open = True
 
@@ -79,6 +82,8 @@ class LiveView(Observer):
         rank = event.get("rank")
         if kind == "start":
             self._state.total_steps = event.get("num_steps")
+            if self._state.run_dir is not None:
+                self._tell(None, f"writing to {shown_path(self._state.run_dir)}", "")
         if kind == "lost" and rank in self._state.ranks:
             self._state.ranks[rank].lost = True
         if kind in EVENT_STYLES:

@@ -63,7 +63,8 @@ def test_a_run_is_told_from_start_to_end(tmp_path: Path, terminal: bool) -> None
     with LiveView(out, name="sample") as view:
         play(view, tmp_path / "run")
     text = text_of(out)
-    assert f"sample on 2 devices, written to {tmp_path / 'run'}"[:60] in text
+    assert "sample on cpu-0, cpu-1" in text
+    assert "writing to " in text
     assert "less memory is free (20.0 MiB): share 44 -> 40 samples; 3 kept, 11 rebuilt (was 14 kept)" in text
     assert "cpu-1  co-tenant: takes 90.0 MiB" in text
     assert "98.33%" in text
@@ -92,7 +93,7 @@ def test_a_pipe_gets_a_line_now_and_then(tmp_path: Path) -> None:
         for step, line in enumerate(read_history(write_run(tmp_path / "run", steps=12)).metrics):
             now[0] = step * LINE_S / 4
             view.on_step(line)
-    lines = [line for line in text_of(out).splitlines() if line.startswith("step ")]
+    lines = [line for line in text_of(out).splitlines() if line.startswith("step ") and "/60" in line]
     assert [line.split(" ·")[0] for line in lines] == ["step 1/60", "step 5/60", "step 9/60"]
 
 
