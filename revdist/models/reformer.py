@@ -3,8 +3,9 @@
     B batch   T positions   D width   V vocabulary
 
 Kitaev, Kaiser, Levskaya, "Reformer: The Efficient Transformer", ICLR 2020. The embedding starts
-both streams; a block is an additive coupling of LSH attention and a chunked feed-forward, each
-normalised first; the streams are joined and normalised before the vocabulary.
+both streams; a block is an additive coupling of attention and a chunked feed-forward, each
+normalised first; the streams are joined and normalised before the vocabulary. As in the authors'
+published models, attention is local and hashed in turn.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from revdist.errors import UsageError
-from revdist.reversible.attention import LSHAttention
+from revdist.reversible.attention import LocalAttention, LSHAttention
 from revdist.reversible.chain import ReversibleChain
 from revdist.reversible.couplings import AdditiveCoupling
 from revdist.reversible.feed_forward import ChunkedFeedForward
@@ -47,13 +48,15 @@ class Reformer(nn.Module):
         for table in (self.embed.weight, self.position_TD):
             nn.init.normal_(table, std=0.02)
 
-        def block() -> AdditiveCoupling:
-            attention = LSHAttention(width, num_heads, chunk_length=chunk_length, num_rounds=num_rounds)
+        def block(index: int) -> AdditiveCoupling:
+            attention: nn.Module = LocalAttention(width, num_heads, chunk_length=chunk_length)
+            if index % 2:
+                attention = LSHAttention(width, num_heads, chunk_length=chunk_length, num_rounds=num_rounds)
             feed_forward = ChunkedFeedForward(width, hidden_ratio * width, num_chunks=num_chunks, dropout=dropout)
             f = nn.Sequential(nn.LayerNorm(width), attention, nn.Dropout(dropout))
             return AdditiveCoupling(f, nn.Sequential(nn.LayerNorm(width), feed_forward))
 
-        self.chain = ReversibleChain([block() for _ in range(depth)], split_dim=-1)
+        self.chain = ReversibleChain([block(index) for index in range(depth)], split_dim=-1)
         self.norm = nn.LayerNorm(2 * width)
         self.head = nn.Linear(2 * width, num_classes)
 

@@ -1,4 +1,4 @@
-"""Reformer's two branches: attention over hashed buckets, and a feed-forward run in chunks.
+"""The Reformer's attention: over hashed buckets, or over neighbouring chunks.
 
     B batch   T positions   D width   H heads   E width of a head (D / H)   R hash rounds
     K buckets   N chunks   C positions in a chunk   S positions a chunk sees (2C)
@@ -24,7 +24,7 @@ Pitfalls
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,11 @@ _SELF_PENALTY = -1e5
 """Score of a position for itself: only where it sees nothing else (section 2, 'causal masking')."""
 
 
+Penalties = tuple[tuple[Tensor, float], ...]
+"""Where scores are replaced, and by what, in this order."""
+
+
+@final
 class LSHAttention(nn.Module):
     """Self-attention of (B, T, D) in O(T C) per round.
 
@@ -69,17 +74,14 @@ class LSHAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        qk_BHTE, v_BHTE = self._heads(self.query_key(x_BTD)), self._heads(self.value(x_BTD))
+        qk_BHTE, v_BHTE = (_heads(map_(x_BTD), self.num_heads) for map_ in (self.query_key, self.value))
         length = x_BTD.shape[1]
         if length <= self.chunk_length:
             position_T = torch.arange(length, device=x_BTD.device)
-            out_BHTE, _ = self._attend(qk_BHTE, F.normalize(qk_BHTE, dim=-1), v_BHTE, position_T, position_T)
-        elif length % self.chunk_length:
-            raise UsageError(
-                f"{length} positions are not a multiple of chunk_length {self.chunk_length}: "
-                f"pad the sequence to {math.ceil(length / self.chunk_length) * self.chunk_length}"
-            )
+            k_BHTE = F.normalize(qk_BHTE, dim=-1)
+            out_BHTE, _ = _attend(qk_BHTE, k_BHTE, v_BHTE, self._penalties(position_T, position_T))
         else:
+            _check_length(length, self.chunk_length)
             out_BHTE = self._attend_in_buckets(qk_BHTE, v_BHTE, self.buckets(qk_BHTE))
         out_BTD: Tensor = self.output(out_BHTE.transpose(1, 2).flatten(2))
         return out_BTD
@@ -94,21 +96,17 @@ class LSHAttention(nn.Module):
         bucket_BHRT: Tensor = noted(self, lambda: _hashed(qk_BHTE, rotation_HREK))
         return bucket_BHRT.long()
 
-    def _heads(self, x_BTD: Tensor) -> Tensor:
-        return _split(x_BTD, 2, self.num_heads).transpose(1, 2)
-
     def _attend_in_buckets(self, qk_BHTE: Tensor, v_BHTE: Tensor, bucket_BHRT: Tensor) -> Tensor:
         length = qk_BHTE.shape[2]
         position_T = torch.arange(length, device=qk_BHTE.device)
         order_BHRT = (bucket_BHRT * length + position_T).argsort(dim=-1)
         q_BHRNCE = self._chunks(qk_BHTE, order_BHRT)
         position_BHRNC = _split(order_BHRT, 3, length // self.chunk_length).int()
-        out_BHRNCE, logsum_BHRNC = self._attend(
+        out_BHRNCE, logsum_BHRNC = _attend(
             q_BHRNCE,
-            _with_chunk_before(F.normalize(q_BHRNCE, dim=-1), 4),
-            _with_chunk_before(self._chunks(v_BHTE, order_BHRT), 4),
-            position_BHRNC,
-            _with_chunk_before(position_BHRNC, 4),
+            _with_chunk_before(F.normalize(q_BHRNCE, dim=-1)),
+            _with_chunk_before(self._chunks(v_BHTE, order_BHRT)),
+            self._penalties(position_BHRNC, _with_chunk_before(position_BHRNC)),
         )
         back_BHRT = order_BHRT.argsort(dim=-1)
         out_BHRTE = _pick(out_BHRNCE.flatten(3, 4), back_BHRT)
@@ -119,22 +117,67 @@ class LSHAttention(nn.Module):
         rounds_BHRTE = x_BHTE.unsqueeze(2).expand(-1, -1, self.num_rounds, -1, -1)
         return _split(_pick(rounds_BHRTE, order_BHRT), 3, order_BHRT.shape[3] // self.chunk_length)
 
-    def _attend(
-        self, q_CE: Tensor, k_SE: Tensor, v_SE: Tensor, position_C: Tensor, position_S: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Attention of C queries to S keys, any leading dimensions: output (..., C, E), log-sum-exp (..., C)."""
-        score_CS = (q_CE / math.sqrt(q_CE.shape[-1])) @ k_SE.transpose(-1, -2)
-        score_CS = score_CS.to(torch.promote_types(score_CS.dtype, torch.float32))
-        position_C1, position_1S = position_C.unsqueeze(-1), position_S.unsqueeze(-2)
-        if self.causal:
-            score_CS.masked_fill_(position_C1 < position_1S, -math.inf)
-        score_CS.masked_fill_(position_C1 == position_1S, _SELF_PENALTY)
-        weight_CS, logsum_C = _SoftmaxAndLogSum.apply(score_CS)  # type: ignore[no-untyped-call]
-        return weight_CS.to(v_SE.dtype) @ v_SE, logsum_C
+    def _penalties(self, position_C: Tensor, position_S: Tensor) -> Penalties:
+        later_CS = position_C.unsqueeze(-1) < position_S.unsqueeze(-2)
+        itself_CS = position_C.unsqueeze(-1) == position_S.unsqueeze(-2)
+        return ((later_CS, -math.inf), (itself_CS, _SELF_PENALTY)) if self.causal else ((itself_CS, _SELF_PENALTY),)
 
     def extra_repr(self) -> str:
         hashing = f"chunk_length={self.chunk_length}, num_rounds={self.num_rounds}"
         return f"num_heads={self.num_heads}, {hashing}, causal={self.causal}"
+
+
+@final
+class LocalAttention(nn.Module):
+    """Causal self-attention of (B, T, D) to one's own chunk and the one before, by position.
+
+    The Reformer's published models alternate it with LSH attention. It has queries and keys apart,
+    draws nothing and notes nothing.
+
+    chunk_length: C; sequences up to C attend in full, longer ones must be a multiple of it
+
+    Raises UsageError for sizes that do not divide.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, chunk_length: int = 64) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise UsageError(f"width {width} is not a multiple of num_heads {num_heads}")
+        self.num_heads, self.chunk_length = num_heads, chunk_length
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        length = x_BTD.shape[1]
+        position_T = torch.arange(length, device=x_BTD.device, dtype=torch.int32)
+        q_BHTE, k_BHTE, v_BHTE = (_heads(part, self.num_heads) for part in self.query_key_value(x_BTD).chunk(3, dim=2))
+        if length <= self.chunk_length:
+            later_TT = position_T.unsqueeze(1) < position_T
+            out_BHTE, _ = _attend(q_BHTE, k_BHTE, v_BHTE, ((later_TT, -math.inf),))
+        else:
+            _check_length(length, self.chunk_length)
+            num_chunks = length // self.chunk_length
+            # The chunk dimension is number 3, as with rounds in front of it.
+            q_NCE, k_NCE, v_NCE = (_split(x_BHTE.unsqueeze(2), 3, num_chunks) for x_BHTE in (q_BHTE, k_BHTE, v_BHTE))
+            position_NC = _split(position_T.view(1, 1, 1, -1), 3, num_chunks)
+            later_NCS = position_NC.unsqueeze(-1) < _with_chunk_before(position_NC).unsqueeze(-2)
+            out_NCE, _ = _attend(q_NCE, _with_chunk_before(k_NCE), _with_chunk_before(v_NCE), ((later_NCS, -math.inf),))
+            out_BHTE = out_NCE.flatten(2, 4)
+        out_BTD: Tensor = self.output(out_BHTE.transpose(1, 2).flatten(2))
+        return out_BTD
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, chunk_length={self.chunk_length}"
+
+
+def _attend(q_CE: Tensor, k_SE: Tensor, v_SE: Tensor, penalties: Penalties) -> tuple[Tensor, Tensor]:
+    """Attention of C queries to S keys, any leading dimensions: output (..., C, E), log-sum-exp (..., C)."""
+    score_CS = (q_CE / math.sqrt(q_CE.shape[-1])) @ k_SE.transpose(-1, -2)
+    score_CS = score_CS.to(torch.promote_types(score_CS.dtype, torch.float32))
+    for where_CS, score in penalties:
+        score_CS.masked_fill_(where_CS, score)
+    weight_CS, logsum_C = _SoftmaxAndLogSum.apply(score_CS)  # type: ignore[no-untyped-call]
+    return weight_CS.to(v_SE.dtype) @ v_SE, logsum_C
 
 
 class _SoftmaxAndLogSum(torch.autograd.Function):
@@ -163,9 +206,21 @@ def _hashed(qk_BHTE: Tensor, rotation_HREK: Tensor) -> Tensor:
     return bucket_BHRT.to(torch.uint8 if 2 * rotation_HREK.shape[-1] <= 256 else torch.int32)
 
 
-def _with_chunk_before(x_BHRNC: Tensor, dim: int) -> Tensor:
+def _check_length(length: int, chunk_length: int) -> None:
+    if length % chunk_length:
+        raise UsageError(
+            f"{length} positions are not a multiple of chunk_length {chunk_length}: "
+            f"pad the sequence to {math.ceil(length / chunk_length) * chunk_length}"
+        )
+
+
+def _heads(x_BTD: Tensor, num_heads: int) -> Tensor:
+    return _split(x_BTD, 2, num_heads).transpose(1, 2)
+
+
+def _with_chunk_before(x_BHRNC: Tensor) -> Tensor:
     """Each chunk with the one before it, the first with the last: (B, H, R, N, 2C, ...)."""
-    return torch.cat([x_BHRNC.roll(1, dims=3), x_BHRNC], dim=dim)
+    return torch.cat([x_BHRNC.roll(1, dims=3), x_BHRNC], dim=4)
 
 
 def _split(x: Tensor, dim: int, num_parts: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revdist.planning.costs import Mode
-from revdist.reversible.attention import LSHAttention
+from revdist.reversible.attention import LocalAttention, LSHAttention
 from revdist.reversible.chain import ReversibleChain
 from revdist.reversible.couplings import AdditiveCoupling, AffineCoupling
 from revdist.reversible.feed_forward import ChunkedFeedForward
@@ -62,7 +62,11 @@ def between(operator: nn.Module, *, after: int = 4) -> ReversibleChain:
 
 def reformer_block(num_chunks: int = 2, dropout: float = 0.1) -> nn.Module:
     attention = nn.Sequential(nn.LayerNorm(8), LSHAttention(8, 2, chunk_length=4, num_rounds=2), nn.Dropout(dropout))
-    feed_forward = nn.Sequential(nn.LayerNorm(8), ChunkedFeedForward(8, 16, num_chunks=num_chunks, dropout=dropout))
+    feed_forward = nn.Sequential(
+        nn.LayerNorm(8),
+        LocalAttention(8, 2, chunk_length=8),
+        ChunkedFeedForward(8, 16, num_chunks=num_chunks, dropout=dropout),
+    )
     return AdditiveCoupling(attention, feed_forward)
 
 

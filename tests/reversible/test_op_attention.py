@@ -9,7 +9,7 @@ from revdist.errors import UsageError
 from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, ReversibleChain
 from revdist.reversible import attention as attention_module
-from revdist.reversible.attention import LSHAttention
+from revdist.reversible.attention import LocalAttention, LSHAttention
 from revdist.reversible.feed_forward import ChunkedFeedForward
 
 torch.set_num_threads(1)
@@ -57,6 +57,19 @@ def test_hashed_attention_is_causal_in_content() -> None:
     assert gradient[0, 10:].abs().max() == 0
 
 
+@pytest.mark.parametrize("length", [4, 8, 24])
+def test_local_attention_is_masked_attention_of_two_chunks(length: int) -> None:
+    torch.manual_seed(0)
+    attention = LocalAttention(8, 2, chunk_length=8).double()
+    x_BTD = torch.randn(2, length, 8, dtype=torch.float64)
+    q, k, v = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in attention.query_key_value(x_BTD).chunk(3, dim=2))
+    position = torch.arange(length)
+    distance = position.unsqueeze(1) // 8 - position // 8
+    seen = (position.unsqueeze(1) >= position) & (distance <= 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    torch.testing.assert_close(attention(x_BTD), attention.output(expected.transpose(1, 2).flatten(2)))
+
+
 def test_training_draws_new_buckets_and_evaluation_does_not() -> None:
     torch.manual_seed(0)
     attention = LSHAttention(8, 2, chunk_length=4)
@@ -97,6 +110,10 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         LSHAttention(8, 2, chunk_length=8)(torch.randn(1, 20, 8))
     with pytest.raises(UsageError, match="not a multiple of num_heads"):
         LSHAttention(9, 2)
+    with pytest.raises(UsageError, match="pad the sequence to 24"):
+        LocalAttention(8, 2, chunk_length=8)(torch.randn(1, 20, 8))
+    with pytest.raises(UsageError, match="not a multiple of num_heads"):
+        LocalAttention(9, 2)
     with pytest.raises(UsageError, match="num_chunks"):
         ChunkedFeedForward(8, 16, num_chunks=0)
 
