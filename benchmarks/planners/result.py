@@ -1,0 +1,186 @@
+"""What one run of the comparison of planners found: as tables, as JSON and as a page of Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.planners.study import Score, Trial
+from benchmarks.table import Table
+
+MILLISECOND = 1e-3
+GOAL_LENGTH = 104
+"""Operators for which the goals of time hold."""
+WITHOUT_BUDGET = ("checkpoint every sqrt(n)", "all INVERT", "all SAVE")
+"""Plans that do not depend on the budget: one over it is not a mistake, it does not fit."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What revdist set out to reach, and whether it did."""
+
+    name: str
+    wanted: str
+    measured: str
+    met: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Scores of every planner on every chain."""
+
+    about: dict[str, Any]
+    """Date, hardware, versions and settings."""
+    scores: tuple[Score, ...]
+
+    def tables(self) -> Iterator[Table]:
+        yield _summary(self.scores)
+        yield _goal_table(self.goals())
+
+    def goals(self) -> list[Goal]:
+        return list(_goals(self.scores))
+
+    def write(self, folder: Path, name: str, *, figure: str) -> list[Path]:
+        """Write `name`.json and `name`.md; returns their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{name}.json", folder / f"{name}.md"]
+        content = {
+            "about": self.about,
+            "goals": [dataclasses.asdict(goal) for goal in self.goals()],
+            "scores": [dataclasses.asdict(score) for score in self.scores],
+        }
+        paths[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        paths[1].write_text(self._as_markdown(figure), encoding="utf-8")
+        return paths
+
+    def _as_markdown(self, figure: str) -> str:
+        about = self.about
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        machine = f"{about['hardware']['cpu']} ({about['hardware']['num_cores']} cores), {versions}"
+        head = (
+            f"# Planners, {about['date'][:10]}\n\n{about['method']}\n\n"
+            f"`{about['command']}` on {machine}.\n\n![Planners compared]({figure})\n"
+        )
+        details = [_details(family, length, scores) for family, length, scores in self._by_chain()]
+        return "\n".join([head, *(table.as_markdown() for table in [*self.tables(), *details])])
+
+    def _by_chain(self) -> Iterator[tuple[str, int, list[Score]]]:
+        for family, length in dict.fromkeys((score.family, score.num_operators) for score in self.scores):
+            yield family, length, [s for s in self.scores if (s.family, s.num_operators) == (family, length)]
+
+
+def over_budget(trials: Sequence[Trial]) -> int:
+    """Plans that need more than they were allowed."""
+    return sum(trial.need_bytes is not None and not trial.valid for trial in trials)
+
+
+def _summary(scores: Sequence[Score]) -> Table:
+    lengths = list(dict.fromkeys(score.num_operators for score in scores))
+    rows = []
+    for planner in dict.fromkeys(score.planner for score in scores):
+        mine = [score for score in scores if score.planner == planner]
+        by_length = [[score for score in mine if score.num_operators == length] for length in lengths]
+        rows.append(
+            [
+                planner,
+                *(_time([score.first_s for score in some]) for some in by_length),
+                _time([score.solve_s for score in mine if score.num_operators == GOAL_LENGTH]),
+                *_quality(mine),
+            ]
+        )
+    return Table(
+        title="Every planner, all chains",
+        columns=[
+            "planner",
+            *(f"first plan, n={length}" for length in lengths),
+            f"each further budget, n={GOAL_LENGTH}",
+            *QUALITY_COLUMNS,
+        ],
+        rows=rows,
+    )
+
+
+QUALITY_COLUMNS = ("extra time, optimum = 1", "worst step time over optimum", "over budget", "no plan found")
+
+
+def _details(family: str, length: int, scores: Sequence[Score]) -> Table:
+    return Table(
+        title=f"{family}, {length} operators",
+        columns=["planner", "first plan", "each further budget", *QUALITY_COLUMNS],
+        rows=[[s.planner, _time([s.first_s]), _time([s.solve_s]), *_quality([s])] for s in scores],
+    )
+
+
+def _quality(scores: Sequence[Score]) -> list[str]:
+    """Cells for QUALITY_COLUMNS; times are of the plans that fit."""
+    trials = [trial for score in scores for trial in score.trials]
+    missing = sum(trial.need_bytes is None for trial in trials)
+    over = f"{over_budget(trials)} of {len(trials)}"
+    fits = [(score, trial) for score in scores for trial in score.trials if trial.valid]
+    if not fits:
+        return ["", "", over, str(missing)]
+    ratio = sum(trial.extra_s for _, trial in fits) / sum(trial.optimum_s for _, trial in fits)
+    worst = max((trial.extra_s - trial.optimum_s) / (score.base_s + trial.optimum_s) for score, trial in fits)
+    return [f"{ratio:.4f}", f"{max(0.0, worst):+.2%}", over, str(missing)]
+
+
+def _time(seconds: Sequence[float]) -> str:
+    """Median milliseconds; empty where nothing was measured."""
+    if not seconds:
+        return ""
+    value = statistics.median(seconds) / MILLISECOND
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{value:.3f} ms"
+
+
+def _goals(scores: Sequence[Score]) -> Iterator[Goal]:
+    ours = [score for score in scores if score.planner == "revdist"]
+    for family in dict.fromkeys(score.family for score in ours):
+        at_goal = {s.planner: s for s in scores if s.family == family and s.num_operators == GOAL_LENGTH}
+        if {"revdist", "torch dp"} <= at_goal.keys():
+            peer = at_goal["torch dp"].solve_s
+            faster = peer / at_goal["revdist"].build_s
+            goal = family == "RevNet-like"
+            yield Goal(
+                name=f"one torch dp call over building every budget, n={GOAL_LENGTH}, {family}",
+                wanted="at least 4" if goal else "",
+                measured=f"{faster:.1f}",
+                met=faster >= 4 or not goal,
+            )
+            faster = peer / at_goal["revdist"].solve_s
+            yield Goal(
+                name=f"one torch dp call over replanning, n={GOAL_LENGTH}, {family}",
+                wanted="at least 10",
+                measured=f"{faster:.0f}",
+                met=faster >= 10,
+            )
+    over = sum(over_budget(score.trials) for score in ours)
+    total = sum(len(score.trials) for score in ours)
+    yield Goal(name="plans over budget", wanted="0", measured=f"{over} of {total}", met=over == 0)
+    yield _limit_goal(ours, "RevNet-like", GOAL_LENGTH, lambda score: score.build_s, "every budget", 10 * MILLISECOND)
+    yield _limit_goal(ours, "RevNet-like", 1000, lambda score: score.build_s, "every budget", 1.0)
+    yield _limit_goal(ours, "RevNet-like", 300, lambda score: score.solve_s, "one look-up", MILLISECOND)
+
+
+def _limit_goal(
+    scores: Sequence[Score], family: str, length: int, seconds: Callable[[Score], float], what: str, limit_s: float
+) -> Goal:
+    found = [seconds(score) for score in scores if (score.family, score.num_operators) == (family, length)]
+    return Goal(
+        name=f"{what}, n={length}, {family}",
+        wanted=f"below {_time([limit_s])}",
+        measured=_time(found) or "not run",
+        met=bool(found) and found[0] < limit_s,
+    )
+
+
+def _goal_table(goals: Sequence[Goal]) -> Table:
+    return Table(
+        title="Goals",
+        columns=["goal", "wanted", "measured", ""],
+        rows=[[goal.name, goal.wanted, goal.measured, "met" if goal.met else "missed"] for goal in goals],
+        colors={"met": "green", "missed": "red"},
+    )
