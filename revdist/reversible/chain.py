@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from revdist.errors import UsageError
 from revdist.planning.costs import Mode, Schedule
+from revdist.reversible.boundary import Exit, converted
 from revdist.reversible.conditions import Ambience
 from revdist.reversible.demotion import LiveRecords
 from revdist.reversible.operator import Operator, Streams, operators_of
-from revdist.reversible.record import Exit, Record, converted
+from revdist.reversible.record import Record
 from revdist.reversible.replay import is_inside_operator
 
 

@@ -38,7 +38,7 @@ class Half(Operator):
         combine: Callable[[Tensor, Any], Tensor],
         uncombine: Callable[[Tensor, Any], Tensor],
     ) -> None:
-        super().__init__(f"{name}.{branch}", num_streams=2, modes=(Mode.SAVE, Mode.INVERT))
+        super().__init__(f"{name}.{branch}", num_streams=2, modes=(Mode.SAVE, Mode.INVERT, Mode.OFFLOAD))
         self._coupling = coupling
         self._branch = branch
         self._changed = changed

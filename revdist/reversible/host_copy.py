@@ -1,6 +1,12 @@
-"""Copies of tensors in host memory that no device's allocator counts."""
+"""Copies of tensors in host memory that no device's allocator counts.
+
+From a GPU they go to pinned memory and back on a stream of their own, beside the computation. On a
+CPU device they go to memory that is not torch's.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import torch
@@ -8,25 +14,59 @@ from torch import Tensor
 
 
 class HostCopy:
-    """The values of one tensor's storage, outside torch's memory."""
+    """The bytes of one tensor's storage, in host memory."""
 
-    __slots__ = ("_bytes",)
+    __slots__ = ("_device", "_host")
 
     def __init__(self, tensor: Tensor) -> None:
-        storage = _as_bytes(tensor)
-        self._bytes = np.empty(storage.numel(), dtype=np.uint8)
-        torch.from_numpy(self._bytes).copy_(storage)
+        source = _storage_bytes(tensor)
+        self._device = tensor.device
+        self._host = _host_buffer(source)
+        if self._device.type == "cuda":
+            stream = _copy_stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                self._host.copy_(source, non_blocking=True)
+            source.record_stream(stream)
+        else:
+            self._host.copy_(source)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._bytes.nbytes
+    def start(self) -> Tensor:
+        """Bytes on the device that the copy is on its way to. `arrived` says when they may be read."""
+        target = torch.empty_like(self._host, device=self._device)
+        if self._device.type == "cuda":
+            stream = _copy_stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                target.copy_(self._host, non_blocking=True)
+            target.record_stream(stream)
+        else:
+            target.copy_(self._host)
+        return target
 
     def write_to(self, tensor: Tensor) -> None:
-        """Put the values back into a tensor of the same storage size, without touching its version."""
-        _as_bytes(tensor).copy_(torch.from_numpy(self._bytes))
+        """Put the bytes back into the tensor's storage, without touching its version."""
+        arrived(self._device)
+        _storage_bytes(tensor).copy_(self._host)
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
+def arrived(device: torch.device) -> None:
+    """Let the computation wait for the copies that have been started."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_copy_stream(device))
+
+
+def _storage_bytes(tensor: Tensor) -> Tensor:
     """A tensor's whole storage as one row of bytes."""
-    storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _host_buffer(source: Tensor) -> Tensor:
+    if source.device.type == "cuda":
+        return torch.empty_like(source, device="cpu", pin_memory=True)
+    return torch.from_numpy(np.empty(source.numel(), dtype=np.uint8))
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

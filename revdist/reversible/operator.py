@@ -75,7 +75,7 @@ class Ordinary(Operator):
     """A module that maps one tensor to one tensor and has no inverse."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(name, num_streams=1, modes=(Mode.SAVE, Mode.RECOMPUTE))
+        super().__init__(name, num_streams=1, modes=(Mode.SAVE, Mode.RECOMPUTE, Mode.OFFLOAD))
         self._module = module
 
     @property
@@ -90,7 +90,7 @@ class Invertible(Operator):
     """A `ReversibleOperator` planned as a whole."""
 
     def __init__(self, name: str, module: ReversibleOperator) -> None:
-        modes = (Mode.SAVE, Mode.INVERT, Mode.RECOMPUTE)
+        modes = (Mode.SAVE, Mode.INVERT, Mode.RECOMPUTE, Mode.OFFLOAD)
         super().__init__(name, num_streams=module.num_streams, modes=modes)
         self._module = module
 

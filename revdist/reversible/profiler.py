@@ -14,7 +14,9 @@ Not covered: the optimizer's step and state, and memory that a communication lib
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -96,17 +98,20 @@ class _Profiler:
         return self._derive(timed, errors)
 
     def _fitting_schedules(self) -> Iterator[Modes]:
-        """Schedules that together show every mode of every operator, each observed once."""
+        """Schedules that together take every mode of every operator, each observed once."""
         everywhere = range(len(self._offered))
         for mode in Mode:
             if any(mode in available for available in self._offered):
                 yield from self._in_windows(mode, everywhere)
-        saving = self._taking(Mode.SAVE, everywhere)
-        if any(observation.modes == saving for observation in self._observations):
-            for remainder in (0, 1):  # neighbours of different modes
-                mixed = tuple(saving[index] if index % 2 == remainder else self._frugal[index] for index in everywhere)
-                self._observe(mixed)
-                yield mixed
+        self._observe_mixtures()
+
+    def _observe_mixtures(self) -> None:
+        """What neighbours of different modes need: every pair of modes, in turn along the chain, where it fits."""
+        everywhere = range(len(self._offered))
+        uniform = dict.fromkeys(self._taking(mode, everywhere) for mode in Mode)
+        for even, odd in itertools.permutations(uniform, 2):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._observe(tuple((even, odd)[index % 2][index] for index in everywhere))
 
     def _in_windows(self, mode: Mode, window: range) -> Iterator[Modes]:
         """Schedules with `mode` in this window, or in its halves where it does not fit.

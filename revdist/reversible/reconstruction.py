@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from revdist.planning.costs import Mode
+from revdist.reversible.boundary import Exit, converted
 from revdist.reversible.chain import ReversibleChain
 from revdist.reversible.conditions import Ambience
 from revdist.reversible.operator import Streams
-from revdist.reversible.record import Exit, Record, converted
+from revdist.reversible.record import Record
 
 
 def reconstruction_errors(chain: ReversibleChain, inputs: Streams) -> tuple[float, ...]:

@@ -23,8 +23,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.planning.costs import Mode
+from revdist.reversible.boundary import Boundary, Exit, converted
 from revdist.reversible.conditions import Ambience, Conditions
 from revdist.reversible.notes import Notes
+from revdist.reversible.offload import Layout, Offload
 from revdist.reversible.operator import Operator, Streams
 from revdist.reversible.replay import Complete, Replay, inside_operator
 
@@ -32,35 +34,10 @@ Part = Literal["internals", "boundary", "notes"]
 """What a record keeps: saved tensors, the operator's input, notes of the forward."""
 
 
-class Boundary:
-    """The streams between two operators, with their versions when they were noted."""
-
-    __slots__ = ("_name", "_streams", "_versions")
-
-    def __init__(self, name: str, streams: Streams) -> None:
-        self._name = name
-        self._streams = tuple(stream.detach() for stream in streams)
-        self._versions = [stream._version for stream in streams]
-
-    def read(self) -> Streams:
-        """The streams. Raises BoundaryModified where one was edited in place since."""
-        if any(s._version != version for s, version in zip(self._streams, self._versions, strict=True)):
-            raise BoundaryModified(
-                f"{self._name} was edited in place, but the backward rebuilds activations from it: "
-                "edit a clone instead, or set inplace=False"
-            )
-        return self._streams
-
-    @property
-    def tensors(self) -> Streams:
-        """The streams, unchecked."""
-        return self._streams
-
-
 class Handle:
     """Stands for one tensor that a forward saved."""
 
-    __slots__ = ("__weakref__", "dtype", "record", "shape", "tensor", "version")
+    __slots__ = ("__weakref__", "dtype", "layout", "record", "shape", "tensor", "version")
 
     def __init__(self, record: Record, tensor: Tensor, *, keep: bool) -> None:
         self.record = record
@@ -69,6 +46,8 @@ class Handle:
         self.version = tensor._version
         # Detached, for the tensor itself may own the node that owns this handle.
         self.tensor: Tensor | None = tensor.detach() if keep else None
+        self.layout: Layout | None = None
+        """Where the tensor is in host memory, if it is."""
 
     @property
     def num_bytes(self) -> int:
@@ -86,23 +65,13 @@ class Owned:
         self.version = tensor._version
 
 
-class Exit:
-    """The end of a chain: what comes after the last operator."""
-
-    def __init__(self, outputs: Streams) -> None:
-        self.boundary = Boundary("the output of the chain", outputs)
-
-    def available(self) -> Streams:
-        """The output of the chain, which always is."""
-        return self.boundary.read()
-
-
 class Record:
     """One forward of one operator, and how its backward gets what it needs."""
 
     __slots__ = (
-        "__weakref__", "_after", "_before", "_conditions", "_first_size", "_handles", "_inputs", "_owned_ids",
-        "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "linked", "mode", "operator",
+        "__weakref__", "_after", "_before", "_conditions", "_first_size", "_handles", "_inputs", "_offload",
+        "_owned_ids", "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "linked", "mode",
+        "operator",
     )  # fmt: skip
 
     def __init__(
@@ -131,6 +100,7 @@ class Record:
         self._owned_ids = self._conditions.owned_ids()
         self._handles: list[weakref.ref[Handle]] = []
         self._rebuilt: Streams | None = None
+        self._offload: Offload | None = None
         self._before = weakref.ref(before) if before is not None else None
         self._after: Record | Exit | weakref.ref[Record] | None = None
         self._split_dim = split_dim
@@ -147,7 +117,7 @@ class Record:
         base = tensor._base
         if id(tensor if base is None else base) in self._owned_ids:
             return Owned(self, tensor)
-        handle = Handle(self, tensor, keep=self.mode is Mode.SAVE)
+        handle = Handle(self, tensor, keep=self.mode in (Mode.SAVE, Mode.OFFLOAD))
         self._handles.append(weakref.ref(handle))
         return handle
 
@@ -162,6 +132,8 @@ class Record:
         self.boundary.read()
         self._first_size = outputs[0].shape[self._split_dim] if len(outputs) == 2 else 0
         self._conditions.close(ambience, self.operator.mutable_buffers)
+        if self.mode is Mode.OFFLOAD:
+            self._to_host(self.boundary)
 
     def close(self, after: Record | Exit) -> None:
         """Say where the outputs are found: the next operator starts, or the chain ends."""
@@ -173,6 +145,9 @@ class Record:
     def begin(self) -> None:
         """The backward asks for its first tensor: from now on this record cannot be demoted."""
         self.begun = True
+        before = self._previous()
+        if before is not None and before._offload is not None:
+            before._offload.prefetch()
         if not _graph_is_kept():  # else another backward may come
             self.linked = False
             if self.mode is not Mode.INVERT:
@@ -197,7 +172,9 @@ class Record:
 
     def available(self) -> Streams | None:
         """The operator's inputs where they are held or have just been rebuilt."""
-        return self._rebuilt if self.boundary is None else self.boundary.read()
+        if self._rebuilt is not None or self.boundary is None:
+            return self._rebuilt
+        return self.boundary.read()
 
     def rebuild(self) -> None:
         """Fill the handles by running the operator once more; where memory is short, demote others and try again."""
@@ -209,10 +186,34 @@ class Record:
             self._rebuild()
 
     def _rebuild(self) -> None:
-        if self.boundary is not None:
+        if self._offload is not None:
+            self._from_host(self._offload)
+        elif self.boundary is not None:
             self._rerun(self.boundary.read())
         else:
             self._invert_and_capture()
+
+    def _to_host(self, boundary: Boundary) -> None:
+        offload = Offload(boundary.tensors[0].device)
+        kept = [(handle, handle.tensor) for handle in self.handles() if handle.tensor is not None]
+        for handle, tensor in kept:
+            if tensor._version == handle.version:  # one edited since stays, and is refused when it is needed
+                handle.layout = offload.add(tensor)
+        boundary.to_host(offload)
+        for handle, _ in kept:
+            if handle.layout is not None:
+                handle.tensor = None
+        self._offload = offload
+
+    def _from_host(self, offload: Offload) -> None:
+        fetched = offload.fetch()
+        for handle in self.handles():
+            if handle.tensor is None and handle.layout is not None:
+                handle.tensor = fetched.tensor(handle.layout)
+                handle.version = handle.tensor._version
+        if self._is_inputs_wanted():
+            assert self.boundary is not None
+            self._rebuilt = self.boundary.found_in(fetched)
 
     def _rerun(self, inputs: Streams) -> None:
         replay = Replay(self._conditions, self._inputs, len(self._handles), inputs_wanted=False)
@@ -221,8 +222,7 @@ class Record:
         self._fill(replay.captured)
 
     def _invert_and_capture(self) -> None:
-        before = self._before() if self._before is not None else None
-        wanted = before is not None and before.boundary is None  # the record before is to be inverted too
+        wanted = self._is_inputs_wanted()
         replay = Replay(self._conditions, self._inputs, len(self._handles), inputs_wanted=wanted)
         outputs = self._outputs()
         with self._conditions.restored(), contextlib.suppress(Complete):
@@ -231,6 +231,14 @@ class Record:
                 self._rebuilt = self._typed(inputs)
         self._fill(replay.captured)
         self._release_after()
+
+    def _is_inputs_wanted(self) -> bool:
+        """Whether the record before this is to be inverted, from this operator's inputs."""
+        before = self._previous()
+        return before is not None and before.boundary is None
+
+    def _previous(self) -> Record | None:
+        return self._before() if self._before is not None else None
 
     def _fill(self, captured: list[tuple[Tensor, int]]) -> None:
         if len(captured) != len(self._handles):
@@ -316,17 +324,6 @@ class Record:
         return isinstance(after, Exit) or (
             isinstance(after, Record) and not (after.begun and after.available() is None)
         )
-
-
-def converted(streams: Streams, num_streams: int, dim: int, *, first_size: int = 0) -> Streams:
-    """The streams as one tensor or as a pair, joined or split along `dim`; by default in equal halves."""
-    if len(streams) == num_streams:
-        return streams
-    if num_streams == 1:
-        return (torch.cat(streams, dim=dim),)
-    size = streams[0].shape[dim]
-    first_size = first_size or size - size // 2
-    return tuple(torch.split_with_sizes(streams[0], [first_size, size - first_size], dim=dim))
 
 
 def unpack(handle: Handle | Owned) -> Tensor:

@@ -97,20 +97,24 @@ MODELS = {
 }
 
 
+ON_DEVICE = (Mode.SAVE, Mode.INVERT, Mode.RECOMPUTE)
+
+
+@pytest.mark.parametrize(("modes", "mean_error"), [(ON_DEVICE, 0.03), (tuple(Mode), 0.06)])
 @pytest.mark.parametrize("name", MODELS)
-def test_predicted_need_is_never_below_the_measured_peak_and_close_to_it(name, open_device):
+def test_predicted_need_is_never_below_the_measured_peak_and_close_to_it(name, modes, mean_error, open_device):
     meter = open_device().meter()
     model = MODELS[name]()
     x = torch.randn(8, 3, 16, 16)
-    measured = profile_chain(model, x, loss_of, meter=meter, repeats=1)
+    measured = profile_chain(model, x, loss_of, meter=meter, repeats=1, modes=modes)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     errors = []
-    for modes in random_schedules(measured, 25):
-        need = measured_need(model, x, meter, modes)
-        errors.append(replay(measured, modes).need_bytes / need - 1)
+    for schedule in random_schedules(measured, 25):
+        need = measured_need(model, x, meter, schedule)
+        errors.append(replay(measured, schedule).need_bytes / need - 1)
     assert min(errors) >= 0
-    assert sum(errors) / len(errors) <= 0.03
+    assert sum(errors) / len(errors) <= mean_error
 
 
 def test_planned_schedules_keep_their_budget(open_device):

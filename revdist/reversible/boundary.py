@@ -1,0 +1,70 @@
+"""The streams between two operators of a chain."""
+
+from __future__ import annotations
+
+import torch
+
+from revdist.errors import BoundaryModified
+from revdist.reversible.offload import Fetched, Layout, Offload
+from revdist.reversible.operator import Streams
+
+
+class Boundary:
+    """The streams between two operators, with their versions when they were noted."""
+
+    __slots__ = ("_layouts", "_name", "_offload", "_streams", "_versions")
+
+    def __init__(self, name: str, streams: Streams) -> None:
+        self._name = name
+        self._streams = tuple(stream.detach() for stream in streams)
+        self._versions = [stream._version for stream in streams]
+        self._offload: Offload | None = None
+        self._layouts: tuple[Layout, ...] = ()
+
+    def read(self) -> Streams:
+        """The streams. Raises BoundaryModified where one was edited in place since."""
+        if self._offload is not None:
+            return self.found_in(self._offload.fetch())
+        if any(s._version != version for s, version in zip(self._streams, self._versions, strict=True)):
+            raise BoundaryModified(
+                f"{self._name} was edited in place, but the backward rebuilds activations from it: "
+                "edit a clone instead, or set inplace=False"
+            )
+        return self._streams
+
+    @property
+    def tensors(self) -> Streams:
+        """The streams that are on the device, unchecked."""
+        return self._streams
+
+    def found_in(self, fetched: Fetched) -> Streams:
+        """The streams among what has come back from host memory."""
+        return tuple(fetched.tensor(layout) for layout in self._layouts)
+
+    def to_host(self, offload: Offload) -> None:
+        """Keep the streams in host memory from now on."""
+        self._layouts = tuple(offload.add(stream) for stream in self._streams)
+        self._offload = offload
+        self._streams = ()
+
+
+class Exit:
+    """The end of a chain: what comes after the last operator."""
+
+    def __init__(self, outputs: Streams) -> None:
+        self.boundary = Boundary("the output of the chain", outputs)
+
+    def available(self) -> Streams:
+        """The output of the chain, which always is."""
+        return self.boundary.read()
+
+
+def converted(streams: Streams, num_streams: int, dim: int, *, first_size: int = 0) -> Streams:
+    """The streams as one tensor or as a pair, joined or split along `dim`; by default in equal halves."""
+    if len(streams) == num_streams:
+        return streams
+    if num_streams == 1:
+        return (torch.cat(streams, dim=dim),)
+    size = streams[0].shape[dim]
+    first_size = first_size or size - size // 2
+    return tuple(torch.split_with_sizes(streams[0], [first_size, size - first_size], dim=dim))
