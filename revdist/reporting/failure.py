@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from revdist.errors import RevdistError
+from revdist.errors import Preempted, RevdistError
 
 MAX_LINES = 5
 
@@ -34,7 +34,10 @@ def failure_lines(error: BaseException) -> list[str]:
 
 def failure_text(error: BaseException) -> Text:
     first, *rest = failure_lines(error)
-    text = Text.assemble(("error: ", "bold red"), (first, "bold"))
+    if isinstance(error, Preempted):  # told to stop, and did so in order
+        text = Text(first, style="yellow")
+    else:
+        text = Text.assemble(("error: ", "bold red"), (first, "bold"))
     for line in rest:
         text.append(f"\n  {line}")
     return text

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from revdist.errors import BudgetTooSmall, ConfigError, RunFailed
+from revdist.errors import BudgetTooSmall, ConfigError, Preempted, RunFailed
 from revdist.reporting.failure import MAX_LINES, failure_lines, failure_text
 
 
@@ -39,3 +39,9 @@ def test_our_own_bugs_say_that_they_are() -> None:
 
 def test_the_text_starts_with_the_word_error() -> None:
     assert failure_text(ConfigError("a; b")).plain == "error: a\n  b"
+
+
+def test_leaving_in_order_is_no_error() -> None:
+    assert failure_text(Preempted("saved at step 7; go on with --resume")).plain == (
+        "saved at step 7\n  go on with --resume"
+    )
