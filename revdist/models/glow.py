@@ -93,7 +93,7 @@ class _PlannedCoupling(Operator):
     """A coupling in a chain: one run of its network yields what it saved and the streams before it."""
 
     def __init__(self, name: str, coupling: CountedCoupling) -> None:
-        super().__init__(name, num_streams=2, modes=(Mode.SAVE, Mode.INVERT))
+        super().__init__(name, num_streams=2, modes=(Mode.SAVE, Mode.INVERT, Mode.OFFLOAD))
         self._coupling = coupling
 
     @property

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from revdist.errors import NotInvertible, UsageError
 from revdist.reversible.notes import noted
 from revdist.reversible.recorded import RecordedOperator
+from revdist.reversible.replay import is_inside_operator
 
 Statistics = tuple[Tensor, Tensor]
 """Mean and 1 / std per channel."""
@@ -93,10 +94,11 @@ class InPlaceABN(RecordedOperator):
             if self.training and x_BCN.numel() == x_BCN.shape[1]:
                 raise UsageError("the statistics of one value per channel say nothing: use a batch of two, or eval()")
             fresh: list[Tensor] = []
-            self._latest = noted(self, lambda: self._measure(x_BCN, fresh))
-            z_BCN = fresh[0] if fresh else self._scaled(x_BCN, self._latest)
+            statistics = noted(self, lambda: self._measure(x_BCN, fresh))
+            self._latest = None if is_inside_operator() else statistics  # a chain keeps its own
+            z_BCN = fresh[0] if fresh else self._scaled(x_BCN, statistics)
             y_BCN = F.leaky_relu_(z_BCN, self.negative_slope)
-        return self._recorded(x_BCN, y_BCN, self._latest)
+        return self._recorded(x_BCN, y_BCN, statistics)
 
     def inverse(self, y_BCN: Tensor) -> Tensor:
         mean_C, invstd_C = noted(self, self._latest_statistics)

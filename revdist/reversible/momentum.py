@@ -123,7 +123,7 @@ class _Step(Operator):
     """A momentum block in a chain: one run of f yields both what it saved and the velocity before it."""
 
     def __init__(self, name: str, block: MomentumBlock) -> None:
-        super().__init__(name, num_streams=2, modes=(Mode.SAVE, Mode.INVERT))
+        super().__init__(name, num_streams=2, modes=(Mode.SAVE, Mode.INVERT, Mode.OFFLOAD))
         self._block = block
 
     @property

@@ -17,13 +17,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from revdist.errors import ReplayDiverged
 
-Value = TypeVar("Value", bound=Tensor | tuple[Tensor, ...])
+Value = TypeVar("Value")
 
 
 class Notes:
@@ -32,7 +32,7 @@ class Notes:
     __slots__ = ("_read", "_values")
 
     def __init__(self) -> None:
-        self._values: dict[int, list[Tensor | tuple[Tensor, ...]]] = {}
+        self._values: dict[int, list[Any]] = {}
         self._read: dict[int, int] | None = None
 
     @contextlib.contextmanager
@@ -63,7 +63,8 @@ class Notes:
                 "it must take the same notes each time"
             )
         self._read[id(owner)] = index + 1
-        return values[index]  # type: ignore[return-value]
+        read: Value = values[index]
+        return read
 
 
 class _Present(threading.local):
@@ -76,8 +77,8 @@ _present = _Present()
 def noted(owner: nn.Module, compute: Callable[[], Value]) -> Value:
     """`compute()` in a forward, its result of then in a replay of that forward.
 
-    The result is one tensor or a tuple of them, without a graph. An owner that notes several values
-    must do so in the same order each time.
+    The result, a tensor, several or a plain value, has no graph. An owner that notes several must do
+    so in the same order each time.
     """
     return compute() if _present.notes is None else _present.notes.of(owner, compute)
 

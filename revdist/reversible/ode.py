@@ -144,7 +144,7 @@ class _Part(Operator):
     """A part of a step: evaluates f once or more at one place and is linear in everything else."""
 
     def __init__(self, name: str, ode: ReversibleODE, t: float, h: float) -> None:
-        super().__init__(name, num_streams=2, modes=(Mode.SAVE, Mode.INVERT))
+        super().__init__(name, num_streams=2, modes=(Mode.SAVE, Mode.INVERT, Mode.OFFLOAD))
         self._ode, self._t, self._h = ode, t, h
 
     @property
