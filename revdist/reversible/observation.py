@@ -26,6 +26,8 @@ class Workload:
     loss_fn: Callable[[Any], Tensor]
     meter: MemoryMeter
     device: torch.device
+    host_clock: Callable[[], float] = time.perf_counter
+    """Seconds, for what runs on the host."""
 
     def forward(self) -> Tensor:
         """The loss, with its graph."""
@@ -71,7 +73,7 @@ class _Watch:
 
     def __init__(self, work: Workload) -> None:
         self._meter = work.meter
-        self._clock = _CudaClock(work.device) if work.device.type == "cuda" else _HostClock()
+        self._clock = _CudaClock(work.device) if work.device.type == "cuda" else _HostClock(work.host_clock)
         self._peaks = [0] * work.chain.num_operators
         self._turns: list[int] = []
         self._outside_bytes: int | None = None
@@ -106,11 +108,12 @@ class _Watch:
 class _HostClock:
     """Marks moments of a computation that runs on the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._marks: list[float] = []
 
     def mark(self) -> None:
-        self._marks.append(time.perf_counter())
+        self._marks.append(self._clock())
 
     def elapsed_s(self) -> list[float]:
         """Seconds between each two marks."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -51,18 +52,20 @@ def profile_chain(
     repeats: int = 5,
     modes: Collection[Mode] | None = None,
     progress: Progress | None = None,
+    host_clock: Callable[[], float] = time.perf_counter,
 ) -> Profile:
     """Measure a model's chain on the device of its batch.
 
     Runs forwards and backwards of `loss_fn(model(batch))` (a tuple is passed as several arguments), in the
     training mode that the model is in. Takes no optimizer step and leaves the model as it was. `modes`
     limits what is measured; an operator that offers none of them is measured as it runs by default. Times
-    are medians of `repeats` steps.
+    are medians of `repeats` steps; on the host they are `host_clock`'s, so that time.process_time leaves out what
+    other processes take.
 
     Raises torch.OutOfMemoryError where not even the most frugal schedule fits.
     """
     chain = find_chain(model)
-    work = Workload(model, chain, batch, loss_fn, meter, _tensors(batch)[0].device)
+    work = Workload(model, chain, batch, loss_fn, meter, _tensors(batch)[0].device, host_clock)
     offered = [_offered(available, modes) for available in chain.options()]
     with preserved(model, chain):
         gc.collect()
