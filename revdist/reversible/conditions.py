@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from revdist.errors import BoundaryModified, ReplayDiverged
-from revdist.reversible.buffers import MutableBuffers, substitutes
+from revdist.reversible.buffers import substitutes
 from revdist.reversible.notes import Notes
+
+if TYPE_CHECKING:
+    from revdist.reversible.operator import Operator
 
 AutocastState = tuple[tuple[str, bool, torch.dtype, bool], ...]
 """Per device type: its name, whether autocast is on, to which type, and whether casts are cached."""
@@ -53,31 +57,40 @@ class Conditions:
     """What one forward of one operator ran under. Created before the forward, closed after it."""
 
     __slots__ = (
-        "_ambience", "_drew", "_flags", "_lost", "_modules", "_name", "_parameters", "_snapshots", "_versions", "notes",
+        "_ambience", "_collectives", "_drew", "_flags", "_lost", "_modules", "_notes", "_operator", "_parameters",
+        "_snapshots", "_versions",
     )  # fmt: skip
 
-    def __init__(self, name: str, module: nn.Module, ambience: Ambience, buffers: MutableBuffers) -> None:
-        self._name = name
+    def __init__(self, operator: Operator, ambience: Ambience) -> None:
+        self._operator = operator
         self._ambience = ambience
         self._drew = True
-        self._modules = _members(module)
+        self._modules = _members(operator.module)
         self._flags = [member.training for member in self._modules]
         self._parameters = [p for member in self._modules for p in member._parameters.values() if p is not None]
         self._versions = [parameter._version for parameter in self._parameters]
-        self._snapshots = buffers.snapshot(self._modules)
+        self._snapshots = operator.mutable_buffers.snapshot(self._modules)
+        self._collectives = operator.communication.watch(training=self._flags[0])
+        self._notes = Notes()
         self._lost = ""
-        self.notes = Notes()
-        """What the forward decided once and for all."""
 
-    def close(self, ambience: Ambience, buffers: MutableBuffers) -> None:
+    @contextlib.contextmanager
+    def first_run(self) -> Iterator[None]:
+        """Inside, the forward runs: what it decides with others or once and for all is kept."""
+        with self._notes.taking(), self._collectives or contextlib.nullcontext():
+            yield
+
+    def close(self, ambience: Ambience) -> None:
         """Note what the forward, which has just ended, changed."""
         self._drew = ambience is not self._ambience
-        self._lost = buffers.learn(self._snapshots, training=self._flags[0])
+        self._lost = self._operator.mutable_buffers.learn(self._snapshots, training=self._flags[0])
+        self._operator.communication.learn(self._collectives, training=self._flags[0])
 
     def forget(self) -> None:
         """Drop every tensor that is kept for a replay, which is then impossible."""
-        self.notes = Notes()
+        self._notes = Notes()
         self._snapshots = []
+        self._collectives = None
 
     def owned_ids(self) -> set[int]:
         """Identities of the operator's parameters, and of its buffers as they are now."""
@@ -87,7 +100,7 @@ class Conditions:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Inside, `rewind` and run the operator as often as needed; afterwards everything is as it is now.
+        """Inside, `another_run` as often as needed; afterwards everything is as it is now.
 
         Raises BoundaryModified where a parameter has been edited since the forward.
         """
@@ -99,22 +112,28 @@ class Conditions:
             stack.callback(self._set_buffers, [dict(member._buffers) for member in self._modules])
             yield
 
-    def rewind(self) -> None:
-        """Go back to where the forward started: its random numbers, and buffers that may be written to."""
+    @contextlib.contextmanager
+    def another_run(self) -> Iterator[None]:
+        """Inside, the operator runs from where its forward started: random numbers, buffers, what it decided."""
         if self._drew:
             self._ambience.rewind_random()
         for (member, name), buffer in substitutes(self._modules, self._snapshots).items():
             member._buffers[name] = buffer
+        if self._collectives is not None:
+            self._collectives.rewind()
+        with self._notes.reading(), self._collectives or contextlib.nullcontext():
+            yield
 
     def _check(self) -> None:
+        name = self._operator.name
         if any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True)):
             raise BoundaryModified(
-                f"a parameter of operator {self._name} was edited in place between its forward and its backward: "
+                f"a parameter of operator {name} was edited in place between its forward and its backward: "
                 "step the optimizer after the backward"
             )
         if self._lost:
             raise ReplayDiverged(
-                f"operator {self._name} wrote to its buffer {self._lost} for the first time, so this forward cannot be "
+                f"operator {name} wrote to its buffer {self._lost} for the first time, so this forward cannot be "
                 "repeated: run the step again"
             )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from revdist.planning.costs import Mode
 from revdist.reversible.buffers import MutableBuffers
+from revdist.reversible.collectives import Communication
 
 if TYPE_CHECKING:
     from revdist.reversible.replay import Replay
@@ -37,6 +38,7 @@ class Operator(abc.ABC):
         self.modes = modes
         """Modes that the operator can take."""
         self.mutable_buffers = MutableBuffers()
+        self.communication = Communication()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"

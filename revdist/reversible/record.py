@@ -25,7 +25,6 @@ from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.planning.costs import Mode
 from revdist.reversible.boundary import Boundary, Exit, converted
 from revdist.reversible.conditions import Ambience, Conditions
-from revdist.reversible.notes import Notes
 from revdist.reversible.offload import Layout, Offload
 from revdist.reversible.operator import Operator, Streams
 from revdist.reversible.replay import Complete, Replay, inside_operator
@@ -96,7 +95,7 @@ class Record:
         self.complete = False
         """Whether the forward has ended and what comes after it is known."""
         self._inputs = tuple((stream.requires_grad, stream.dtype) for stream in inputs)
-        self._conditions = Conditions(operator.name, operator.module, ambience, operator.mutable_buffers)
+        self._conditions = Conditions(operator, ambience)
         self._owned_ids = self._conditions.owned_ids()
         self._handles: list[weakref.ref[Handle]] = []
         self._rebuilt: Streams | None = None
@@ -106,11 +105,6 @@ class Record:
         self._split_dim = split_dim
         self._first_size = 0
         self._shortage = shortage
-
-    @property
-    def notes(self) -> Notes:
-        """What the forward decides once and for all, its replays included."""
-        return self._conditions.notes
 
     def pack(self, tensor: Tensor) -> Handle | Owned:
         """Called by autograd with each tensor that the forward saves."""
@@ -123,7 +117,7 @@ class Record:
 
     def run(self, inputs: Streams) -> Streams:
         """The operator's forward, with what it saves handed to this record."""
-        with inside_operator(), self.notes.taking(), saved_tensors_hooks(self.pack, unpack):
+        with inside_operator(), self._conditions.first_run(), saved_tensors_hooks(self.pack, unpack):
             return self.operator.forward(inputs)
 
     def end_forward(self, outputs: Streams, ambience: Ambience) -> None:
@@ -131,7 +125,7 @@ class Record:
         assert self.boundary is not None
         self.boundary.read()
         self._first_size = outputs[0].shape[self._split_dim] if len(outputs) == 2 else 0
-        self._conditions.close(ambience, self.operator.mutable_buffers)
+        self._conditions.close(ambience)
         if self.mode is Mode.OFFLOAD:
             self._to_host(self.boundary)
 

@@ -77,17 +77,15 @@ class Replay:
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
         """Run the forward, or its next part, and keep what it saves."""
-        self._conditions.rewind()
-        self._owned_ids = self._conditions.owned_ids()
-        hooks = saved_tensors_hooks(self._capture, _never)
-        with inside_operator(), self._conditions.notes.reading(), torch.enable_grad(), hooks:
-            yield
+        with inside_operator(), self._conditions.another_run(), torch.enable_grad():
+            self._owned_ids = self._conditions.owned_ids()
+            with saved_tensors_hooks(self._capture, _never):
+                yield
 
     @contextlib.contextmanager
     def inverting(self) -> Iterator[None]:
         """Run the inverse: nothing is saved."""
-        self._conditions.rewind()
-        with inside_operator(), self._conditions.notes.reading(), torch.no_grad():
+        with inside_operator(), self._conditions.another_run(), torch.no_grad():
             yield
 
     def _capture(self, tensor: Tensor) -> None:
