@@ -118,9 +118,10 @@ def _speed(axes: Axes, times: np.ndarray, lines: Sequence[Line]) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Running median over about a fiftieth of the run, which leaves steps steep."""
-    half = max(1, len(values) // 100)
-    return np.array([np.nanmedian(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+    """Running median over about a fiftieth of the run, which leaves steps steep; at both ends over as many."""
+    width = min(2 * max(1, len(values) // 100) + 1, len(values))
+    starts = np.clip(np.arange(len(values)) - width // 2, 0, len(values) - width)
+    return np.array([np.median(values[start : start + width]) for start in starts])
 
 
 def _memory(axes: Axes, history: RunHistory, rank: int) -> None:
@@ -195,7 +196,7 @@ def _ribbon(axes: Axes, history: RunHistory, rank: int) -> None:
             linewidth=0.4 if height <= 60 else 0,
         )
         if end - start > LABEL_SHARE * edges[-1]:
-            shares = f" {plan['share']} samples in {plan['accumulation_steps']} x {plan['micro_batch']}"
+            shares = f" {plan['share']} samples, {plan['accumulation_steps']} x {plan['micro_batch']}"
             axes.text(start, 0, shares, va="bottom", fontsize=7.5, color=INK)
     axes.set_ylim(height, 0)
 

@@ -77,7 +77,7 @@ def test_a_run_over_time(tmp_path: Path) -> None:
     assert titles(learning) == ["Loss", "Throughput"]
     assert [title.split(",")[0] for title in titles(memory)] == ["Rank 0", "Rank 1"]
     texts = {text.get_text().strip() for axes in memory.axes for text in axes.texts}
-    assert texts >= {"the batch is split anew", "less memory is free", "more memory is free", "24 samples in 2 x 16"}
+    assert texts >= {"the batch is split anew", "less memory is free", "more memory is free", "24 samples, 2 x 16"}
     ribbon = memory.axes[3].collections[0].get_array()
     assert ribbon is not None
     assert ribbon.size == OPERATORS
