@@ -110,7 +110,7 @@ class Trim:
         self.stages = stages
         self.reference = stages.reference
         self.guarantee = guarantee
-        self.allowed = math.log1p(guarantee)
+        self.allowed = math.log1p(guarantee) * (1 - 1e-6)  # the rest is room for rounding, see `reached`
         self.spent = 0.0
         self.ratios = [1.0] * stages.num_operators
         """Per operator: the ratio by which its lists were thinned, so that thinning can be repeated."""

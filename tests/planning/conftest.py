@@ -1,10 +1,14 @@
-"""Compile once, so that no test's deadline pays for it."""
+"""Compile once, and no deadlines: tests judge plans, not the machine they run on."""
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from revdist.planning.frontier import warm_up
+
+hypothesis.settings.register_profile("planning", deadline=None)
+hypothesis.settings.load_profile("planning")
 
 
 @pytest.fixture(scope="session", autouse=True)
