@@ -5,10 +5,11 @@ PYTHON ?= python3
 CONFIG ?= configs/digits-revnet-2cpu.yaml
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_VENV := .venv-bench
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format clean
+.PHONY: help demo test test-all check format bench clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -32,8 +33,11 @@ format: $(VENV)/.dev ## Format the code and apply the fixes that are safe
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## Remove .venv and every cache; runs/ stays
-	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+bench: $(BENCH_VENV)/.installed ## Compare with other reversible libraries, installed into .venv-bench
+	$(BENCH_VENV)/bin/python benchmarks/reversible.py
+
+clean: ## Remove .venv, .venv-bench and every cache; runs/ stays
+	rm -rf $(VENV) $(BENCH_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find revdist tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/python:
@@ -51,3 +55,11 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing revdist and its development tools into $(VENV) ..."
 	$(INSTALL) -e '.[dev,data]'
 	@touch $@ $(VENV)/.demo
+
+# What revdist is compared with never meets its own environment.
+$(BENCH_VENV)/.installed: pyproject.toml constraints.txt benchmarks/peers/requirements.txt
+	@echo "Installing revdist and the libraries it is compared with into $(BENCH_VENV) ..."
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e . -r benchmarks/peers/requirements.txt
+	@touch $@

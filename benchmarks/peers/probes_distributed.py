@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.peers.behaviour import CHANNELS, Answer, Network, Probe, Trial, Verdict, compare, image
+from benchmarks.peers.behaviour import CHANNELS, Answer, Probe, Trial, Verdict, compare, image
 from benchmarks.peers.bodies import Remember
 from benchmarks.peers.networks import smooth_branch
 from benchmarks.peers.probes_gradients import normalized

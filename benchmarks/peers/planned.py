@@ -1,0 +1,39 @@
+"""Schedules that revdist plans for budgets between its smallest plan and keeping everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.peers.cost import Case, batch, loss_of
+from benchmarks.peers.networks import Couplings
+from revdist.devices import MemoryMeter
+from revdist.planning.frontier import solve
+from revdist.reversible import ReversibleChain
+from revdist.reversible.profiler import profile_chain
+
+NUM_BUDGETS = 5
+
+
+def planned_cases(
+    chain: ReversibleChain, network: Couplings, meter: MemoryMeter, *, progress: Callable[[int, int], None]
+) -> list[Case]:
+    """Cases for budgets that divide the way from the smallest plan to the fastest one into equal parts."""
+    profile = profile_chain(chain, batch().requires_grad_(), loss_of, meter=meter, progress=progress)
+    frontier = solve(profile)
+    low, high = frontier.minimum_bytes, frontier.maximum_bytes
+    cases = []
+    for number in range(1, NUM_BUDGETS + 1):
+        budget_bytes = low + (high - low) * number // (NUM_BUDGETS + 1)
+        schedule = frontier.best(budget_bytes)
+        case = Case(
+            key=f"revdist-budget-{number}",
+            label=f"revdist, planned for {budget_bytes / 2**20:.0f} MiB",
+            model=chain,
+            network=network,
+            schedule=schedule.modes,
+            budget_bytes=budget_bytes,
+            predicted_ratio=1.0 + schedule.extra_s / profile.base_s,
+            predicted_peak_bytes=schedule.need_bytes,
+        )
+        cases.append(case)
+    return cases
