@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -117,7 +118,7 @@ class _HostClock:
 
     def elapsed_s(self) -> list[float]:
         """Seconds between each two marks."""
-        return [after - before for before, after in zip(self._marks, self._marks[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(self._marks)]
 
 
 class _CudaClock:
@@ -135,5 +136,4 @@ class _CudaClock:
     def elapsed_s(self) -> list[float]:
         """Seconds between each two marks."""
         torch.cuda.synchronize(self._device)
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
+        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(self._marks)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from reversible_models import (
@@ -154,3 +156,29 @@ def test_gradient_checkpointing_around_the_chain(modes):
     torch.manual_seed(1)
     plain(x).square().sum().backward()
     assert_close(gradients(chain), gradients(plain))
+
+
+@pytest.mark.slow
+def test_compiled_branches(modes):
+    torch.manual_seed(0)
+    chain, plain = twins(linear_chain(2))
+    for coupling in chain.children():
+        coupling.f = torch.compile(coupling.f, backend="aot_eager")
+    chain.set_schedule(uniform(chain, *modes))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for _ in range(2):
+        assert_close(step(chain, x), step(plain, x))
+
+
+def test_a_forward_that_is_never_followed_by_a_backward_leaves_nothing_behind(modes):
+    chain = conv_chain(1)
+    chain.set_schedule(uniform(chain, *modes))
+    gc.collect()
+    gc.disable()  # reference cycles would keep activations alive until the collector comes
+    try:
+        output = chain(images())
+        assert chain.live_records()
+        del output
+        assert not chain.live_records()
+    finally:
+        gc.enable()
