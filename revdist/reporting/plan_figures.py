@@ -48,7 +48,8 @@ def frontier(axes: Axes, found: Study) -> None:
     unit, size = byte_unit(budgets)
     time_name, scale = time_unit(extra)
     span = max(budgets[-1] - budgets[0], 1.0)
-    left, right = max(0.0, budgets[0] - 0.1 * span), budgets[-1] + 0.14 * span
+    most = max(budgets[-1], found.all_save.need_bytes, found.all_invert.need_bytes)
+    left, right = max(0.0, budgets[0] - 0.1 * span), most + 0.12 * span
     x = np.append(budgets, right) / size
     y = np.append(extra, extra[-1]) / scale
     axes.fill_between(x, y, step="post", color=ACCENT, alpha=0.10, linewidth=0)
