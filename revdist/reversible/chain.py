@@ -7,10 +7,11 @@ that the chain reads at each forward, so switching it rebuilds nothing and touch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 
 from revdist.errors import UsageError
 from revdist.planning.costs import Mode, Schedule
@@ -60,9 +61,11 @@ class ReversibleChain(nn.Module):
         if self._planned[0] != elements:
             planned = [operators_of(name, module) for name, module in self._modules.items() if module is not None]
             self._planned = elements, tuple(operator for operators in planned for operator in operators)
-            if len(self._modes) != len(self._planned[1]):
-                self._modes = (Mode.SAVE,) * len(self._planned[1])
         return self._planned[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled chain starts without live forwards and without an observer."""
+        return self.__dict__ | {"_live": LiveRecords(), "_observer": None, "_last_event": None}
 
     @property
     def num_operators(self) -> int:
@@ -79,7 +82,7 @@ class ReversibleChain(nn.Module):
     @property
     def schedule(self) -> tuple[Mode, ...]:
         """The mode of each operator, from the next forward on."""
-        return self._modes
+        return _as_far_as_offered(self._modes, self.operators)
 
     def set_schedule(self, modes: Sequence[Mode | str]) -> None:
         """Give each operator its mode, from the next forward on. A forward already run keeps its own.
@@ -91,13 +94,12 @@ class ReversibleChain(nn.Module):
                 f"a schedule of {len(modes)} modes does not fit a chain of {self.num_operators} operators: "
                 "solve a profile of this model"
             )
-        chosen = tuple(Mode(mode) for mode in modes)
-        for operator, mode in zip(self.operators, chosen, strict=True):
+        for operator, mode in zip(self.operators, modes, strict=True):
             if mode not in operator.modes:
                 raise UsageError(
                     f"operator {operator.name} cannot take mode {mode}: it offers {', '.join(operator.modes)}"
                 )
-        self._modes = chosen
+        self._modes = tuple(Mode(mode) for mode in modes)
 
     def demote(self, num_bytes: int) -> int:
         """Release cached activations of the running step, to be rebuilt when the backward needs them.
@@ -132,7 +134,7 @@ class ReversibleChain(nn.Module):
 
     def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         streams = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        if torch.is_grad_enabled() and not is_inside_operator():
+        if torch.is_grad_enabled() and not is_inside_operator() and _saved_tensors_hooks_is_enabled():
             outputs = self._run(streams)
         else:
             outputs = self._run_plainly(streams)
@@ -147,24 +149,29 @@ class ReversibleChain(nn.Module):
     def _run(self, inputs: Streams) -> Streams:
         self._live.prune()
         streams, record, ambience = inputs, None, Ambience(inputs[0].device)
-        for number, operator in enumerate(self.operators):
+        for number, (operator, mode) in enumerate(zip(self.operators, self.schedule, strict=True)):
             streams = converted(streams, operator.num_streams, self.split_dim)
-            record = self._start(number, streams, ambience, before=record)
+            record = self._start(operator, mode, streams, ambience, before=record)
+            if self._observer is not None:
+                self._observer(Event("forward", number))
             outputs = record.run(streams)
             ambience = ambience.now()
             record.end_forward(outputs, ambience)
             if self._observer is not None:
                 self._watch_backward(number, inputs=streams, outputs=outputs)
             streams = outputs
+            del outputs  # or it would keep the halves alive while their joined copy is used
         assert record is not None
         streams = converted(streams, len(inputs), self.split_dim)
         record.close(Exit(streams))
         return streams
 
-    def _start(self, number: int, inputs: Streams, ambience: Ambience, *, before: Record | None) -> Record:
+    def _start(
+        self, operator: Operator, mode: Mode, inputs: Streams, ambience: Ambience, *, before: Record | None
+    ) -> Record:
         record = Record(
-            self.operators[number],
-            self._modes[number],
+            operator,
+            mode,
             inputs,
             ambience,
             before=before,
@@ -174,8 +181,6 @@ class ReversibleChain(nn.Module):
         if before is not None:
             before.close(record)
         self._live.add(record)
-        if self._observer is not None:
-            self._observer(Event("forward", number))
         return record
 
     def _watch_backward(self, number: int, *, inputs: Streams, outputs: Streams) -> None:
@@ -189,6 +194,14 @@ class ReversibleChain(nn.Module):
         for stream in outputs:
             if stream.grad_fn is not None and all(stream is not other for other in inputs):
                 stream.grad_fn.register_prehook(emit)
+
+
+def _as_far_as_offered(modes: Sequence[Mode], operators: Sequence[Operator]) -> tuple[Mode, ...]:
+    """The modes for operators that have changed: what an operator does not offer becomes its first mode."""
+    if len(modes) != len(operators):
+        return tuple(operator.modes[0] for operator in operators)
+    pairs = zip(modes, operators, strict=True)
+    return tuple(mode if mode in operator.modes else operator.modes[0] for mode, operator in pairs)
 
 
 def find_chain(model: nn.Module) -> ReversibleChain:

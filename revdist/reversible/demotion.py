@@ -9,11 +9,10 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 
-from revdist.reversible.record import Record
+from revdist.reversible.record import DEMOTION, Record
 
 
 class LiveRecords:
@@ -23,9 +22,6 @@ class LiveRecords:
         self._references: list[weakref.ref[Record]] = []
         self.demoted_bytes = 0
         """Bytes released so far."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LiveRecords, ()  # a copied or pickled chain starts without any
 
     def add(self, record: Record) -> None:
         self._references.append(weakref.ref(record))
@@ -49,20 +45,27 @@ class LiveRecords:
         for record in records:
             holders.update(_sizes(record.tensors()).keys())
             holders.update(_sizes(record.outside()).keys())
-        candidates = [record for record in records if record.can_be_demoted()]
-        candidates.sort(key=lambda record: -_alone(_sizes(record.tensors()), holders, 1))
+        records.sort(key=lambda record: -_alone(_sizes(record.tensors()), holders, 1))
         released = 0
-        for record in candidates:
+        for record in records:
             if released >= num_bytes:
                 break
-            before = _sizes(record.tensors())
-            record.demote()
-            for storage in _sizes(record.tensors()):
-                del before[storage]
-            holders.subtract(before.keys())
-            released += _alone(before, holders, 0)
+            released += _demote(record, holders)
         self.demoted_bytes += released
         return released
+
+
+def _demote(record: Record, holders: Counter[int]) -> int:
+    """Demote one record if it can be; returns the bytes that nobody holds any more."""
+    with DEMOTION:
+        if not record.can_be_demoted():
+            return 0
+        dropped = _sizes(record.tensors())
+        record.demote()
+    for storage in _sizes(record.tensors()):
+        del dropped[storage]
+    holders.subtract(dropped.keys())
+    return _alone(dropped, holders, 0)
 
 
 def _sizes(tensors: Iterable[Tensor]) -> dict[int, int]:

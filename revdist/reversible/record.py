@@ -12,6 +12,7 @@ owns the one after it until it has got its outputs, since those may have to be r
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -31,6 +32,9 @@ from revdist.reversible.replay import Complete, Replay, inside_operator
 
 Part = Literal["internals", "boundary", "notes"]
 """What a record keeps: saved tensors, the operator's input, notes of the forward."""
+
+DEMOTION = threading.RLock()
+"""Held while a record is demoted or says that it cannot be: a shortage may be met in another thread."""
 
 
 class Handle:
@@ -138,7 +142,8 @@ class Record:
 
     def begin(self) -> None:
         """The backward asks for its first tensor: from now on this record cannot be demoted."""
-        self.begun = True
+        with DEMOTION:
+            self.begun = True
         before = self._previous()
         if before is not None and before._offload is not None:
             before._offload.prefetch()
@@ -315,9 +320,9 @@ class Record:
 
     def _outputs_will_be_there(self) -> bool:
         after = self._after
-        return isinstance(after, Exit) or (
-            isinstance(after, Record) and not (after.begun and after.available() is None)
-        )
+        if isinstance(after, Record):
+            return after.boundary is not None or after._rebuilt is not None or not after.begun
+        return isinstance(after, Exit)
 
 
 def unpack(handle: Handle | Owned) -> Tensor:

@@ -182,3 +182,16 @@ def test_a_forward_that_is_never_followed_by_a_backward_leaves_nothing_behind(mo
         assert not chain.live_records()
     finally:
         gc.enable()
+
+
+def test_functional_transforms_run_the_chain_plainly(modes):
+    """torch.func does not allow saved-tensor hooks; gradients are right, without their memory savings."""
+    torch.manual_seed(0)
+    chain, plain = twins(linear_chain())
+    chain.set_schedule(uniform(chain, *modes))
+    x = torch.randn(6, dtype=torch.float64)
+
+    def loss(model):
+        return lambda x: model(x[None]).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss(chain))(x), torch.func.grad(loss(plain))(x))

@@ -13,7 +13,7 @@ from torch import nn
 
 from revdist.errors import UsageError
 from revdist.planning.costs import Mode, Schedule
-from revdist.reversible import ReversibleChain, apply, find_chain
+from revdist.reversible import AdditiveCoupling, ReversibleChain, apply, find_chain
 
 IMAGES = (3, 3, 8, 8)
 INVERT = (Mode.INVERT, Mode.RECOMPUTE)
@@ -34,6 +34,8 @@ def test_schedules_that_do_not_fit_are_refused():
         chain.set_schedule([Mode.SAVE])
     with pytest.raises(UsageError, match="operator stem cannot take mode INVERT"):
         chain.set_schedule([Mode.INVERT] * chain.num_operators)
+    with pytest.raises(UsageError, match="operator stem cannot take mode FASTER"):
+        chain.set_schedule(["FASTER"] * chain.num_operators)
     with pytest.raises(UsageError, match="no ReversibleChain"):
         apply(nn.Linear(2, 2), [])
     with pytest.raises(UsageError, match="2 chains beside each other"):
@@ -48,3 +50,13 @@ def test_apply_takes_schedules_from_the_planner_and_through_wrappers():
     apply(nn.Sequential(chain), Schedule(modes=modes))
     assert chain.schedule == modes
     assert chain.operator_names[:4] == ("stem", "narrow0.f", "narrow0.g", "down")
+
+
+def test_replaced_modules_keep_the_modes_that_they_offer():
+    chain = ReversibleChain([AdditiveCoupling(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(4, 4)])
+    chain.set_schedule([Mode.INVERT, Mode.INVERT, Mode.RECOMPUTE])
+    setattr(chain, "1", nn.Tanh())
+    assert chain.schedule == (Mode.INVERT, Mode.INVERT, Mode.RECOMPUTE)
+    chain.add_module("2", nn.Linear(4, 4))
+    assert chain.num_operators == 4
+    assert chain.schedule == (Mode.SAVE,) * 4
