@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, final
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from revdist.cluster.actor import NUM_THREADS, Location, ReplicaActor
@@ -20,6 +21,9 @@ from revdist.training.reports import Report
 
 _POLL_S = 5.0
 """Longest a call for reports waits in the actor: they come as soon as there are any."""
+
+_DEATH_S = 5.0
+"""Longest wait for a killed actor to be gone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,10 +118,13 @@ class Fleet:
         self._get(self._actors[rank].end_co_tenant.remote(co_tenant))
 
     def kill(self) -> None:
-        """End every actor, and what it started, at once."""
+        """End every actor, and what it started, and wait until they are gone."""
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._waiting.clear()
+        for actor in self._actors:
+            with contextlib.suppress(RayActorError, GetTimeoutError):
+                ray.get(actor.status.remote(), timeout=_DEATH_S)
 
     def _ask(self, rank: int) -> None:
         self._waiting[self._actors[rank].reports.remote(self._last[rank], _POLL_S)] = rank

@@ -91,7 +91,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Set variables for the processes that Ray starts, and put back what was there."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
-    _forget_token()
+    _reread_environment()
     try:
         yield
     finally:
@@ -100,12 +100,13 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        _forget_token()
+        _reread_environment()
 
 
-def _forget_token() -> None:
-    """Ray caches the token of the first cluster a process talks to; the next one has another."""
+def _reread_environment() -> None:
+    """Ray reads its settings at import and keeps the first token it sees: let it look again."""
     if "ray" in sys.modules:
-        from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+        Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from revdist.cluster.observer import Observer
 from revdist.cluster.signals import StopRequest, stop_on_signals
 from revdist.config import RunConfig
 from revdist.devices.reading import Reading
-from revdist.errors import ConfigError, Preempted
+from revdist.errors import ConfigError, NoFreeDevice, Preempted
 
 if TYPE_CHECKING:
     from revdist.cluster.actor import Location
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from revdist.cluster.placement import Place
     from revdist.planning.costs import Plan
     from revdist.training.orders import Assignment
+
+_RESOURCES_S = 2.0
+"""Ray needs a moment to count as free what a run before this one has left."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +127,15 @@ class Trainer:
         from revdist.cluster.fleet import Fleet, hosts
         from revdist.cluster.placement import place
 
-        places = place(self.config, hosts())
-        return places, Fleet(places, threads=self.config.threads_per_worker)
+        patient_until_s = time.monotonic() + _RESOURCES_S
+        while True:
+            try:
+                places = place(self.config, hosts())
+                return places, Fleet(places, threads=self.config.threads_per_worker)
+            except NoFreeDevice:
+                if time.monotonic() > patient_until_s:
+                    raise
+            time.sleep(0.1)
 
     def _assignments(self, places: Sequence[Place], locations: Sequence[Location], run_dir: Path) -> list[Assignment]:
         from revdist.training.orders import Assignment, Rendezvous

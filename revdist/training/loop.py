@@ -202,7 +202,9 @@ class Loop:
     def _adopt_generation(self, generation: int) -> None:
         if generation > self.shares.generation:
             self.shares = self._inbox.take(generation)
-            self._adopt_plan(self._make_plan(reason=self.shares.reason))
+            own_memory_changed = self._t.planner.version != self._version
+            reason = self._t.planner.reason if own_memory_changed else self.shares.reason
+            self._adopt_plan(self._make_plan(reason=reason))
 
     def _adopt_local_replan(self) -> None:
         if self._t.planner.version != self._version:

@@ -98,5 +98,5 @@ class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return self.images[index], self.labels[index]
 
 
-def images(num_samples: int = 50, num_test: int = 21) -> tuple[Images, Images]:
-    return Images(num_samples, 1), Images(num_test, 2)
+def images(num_samples: int = 50, num_test: int = 21, size: int = 6) -> tuple[Images, Images]:
+    return Images(num_samples, 1, size), Images(num_test, 2, size)
