@@ -1,0 +1,98 @@
+"""Shares follow curves and measured times, and not noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runs import settings
+
+from revdist.cluster.shares import ShareKeeper
+from revdist.config import RunConfig
+from revdist.planning.batch import Cut, StepTimeCurve
+from revdist.planning.costs import Mode, Schedule
+from revdist.training.reports import CurveReport
+from revdist.training.row import Row
+
+BATCH = 60
+
+
+def curve(sample_s: float) -> StepTimeCurve:
+    cut = Cut(micro_batch=BATCH, micro_batch_s=0.0, sample_s=sample_s, schedule=Schedule(modes=(Mode.SAVE,)))
+    return StepTimeCurve(max_share=BATCH, cuts=(cut,))
+
+
+def report(rank: int, sample_s: float, reason: str = "start") -> CurveReport:
+    return CurveReport(rank=rank, curve=curve(sample_s), inverted=curve(2 * sample_s), reason=reason, num_steps=9)
+
+
+def keeper(**changes: Any) -> ShareKeeper:
+    return ShareKeeper(RunConfig.from_mapping(settings(global_batch=BATCH, **changes)), 2)
+
+
+def rows(shares: tuple[int, ...], seconds: tuple[float, ...], generation: int) -> list[Row]:
+    pairs = zip(shares, seconds, strict=True)
+    return [Row(share=share, generation=generation, compute_s=compute_s) for share, compute_s in pairs]
+
+
+def started(*sample_s: float, **changes: Any) -> ShareKeeper:
+    kept = keeper(**changes)
+    for rank, seconds in enumerate(sample_s):
+        kept.take_curve(report(rank, seconds))
+    return kept
+
+
+def test_the_first_shares_wait_for_every_curve_and_follow_speed() -> None:
+    kept = keeper()
+    assert kept.take_curve(report(1, 0.02)) is None
+    assert kept.shares is None
+    first = kept.take_curve(report(0, 0.01))
+    assert first is not None
+    assert (first.generation, first.by_rank, first.reason) == (0, (40, 20), "start")
+
+
+def test_equal_shares_can_be_asked_for() -> None:
+    kept = started(0.01, 0.02, planning={"share": "equal"})
+    assert kept.shares is not None
+    assert kept.shares.by_rank == (30, 30)
+    assert kept.take_curve(report(1, 0.05, "memory-lost")) is None
+
+
+def test_a_device_that_becomes_slower_for_want_of_memory_gets_less() -> None:
+    kept = started(0.01, 0.01)
+    following = kept.take_curve(report(1, 0.02, "memory-lost"))
+    assert following is not None
+    assert (following.generation, following.by_rank) == (1, (40, 20))
+
+
+def test_a_gain_that_is_too_small_changes_nothing() -> None:
+    assert started(0.01, 0.01).take_curve(report(1, 0.0102, "memory-lost")) is None
+
+
+def test_shares_stay_where_they_may_not_change() -> None:
+    assert started(0.01, 0.01, replan={"shares": False}).take_curve(report(1, 0.03, "memory-lost")) is None
+
+
+def test_measured_times_change_shares_once_they_persist() -> None:
+    kept = started(0.01, 0.01)
+    slow = [kept.take_rows(rows((30, 30), (0.3, 0.6), 0)) for _ in range(16)]
+    assert slow[:15] == [None] * 15
+    assert slow[15] is not None
+    assert slow[15].by_rank == (40, 20)
+
+
+def test_one_slow_step_is_noise() -> None:
+    kept = started(0.01, 0.01)
+    times = [(0.3, 0.3)] * 15 + [(0.3, 3.0)]
+    assert all(kept.take_rows(rows((30, 30), seconds, 0)) is None for seconds in times)
+
+
+def test_steps_under_other_shares_do_not_count() -> None:
+    kept = started(0.01, 0.01)
+    kept.take_curve(report(1, 0.02, "memory-lost"))
+    assert all(kept.take_rows(rows((30, 30), (0.3, 0.9), 0)) is None for _ in range(40))
+
+
+def test_gains_are_ratios_of_predicted_step_times() -> None:
+    gains = started(0.01, 0.02).gains()
+    assert gains["over_all_invert"] == 2.0
+    assert gains["over_equal_split"] == 0.6 / 0.4
