@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from revdist.config import RunConfig
     from revdist.planning.costs import Mode, Option, Plan, Profile, Schedule
     from revdist.planning.frontier import Frontier, solve
-    from revdist.reversible import ReversibleChain, apply
+    from revdist.reversible import ReversibleChain, apply, check
     from revdist.training.standalone import profile
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ _HOMES = {
     "Schedule": "revdist.planning.costs:Schedule",
     "Trainer": "revdist.cluster.trainer:Trainer",
     "apply": "revdist.reversible:apply",
+    "check": "revdist.reversible:check",
     "devices": "revdist.devices",
     "profile": "revdist.training.standalone:profile",
     "solve": "revdist.planning.frontier:solve",
@@ -52,6 +53,7 @@ __all__ = [
     "Schedule",
     "Trainer",
     "apply",
+    "check",
     "devices",
     "profile",
     "solve",
