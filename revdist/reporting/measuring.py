@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import final
 
 import numpy as np
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from revdist.config import DeviceSpec, RunConfig
 from revdist.devices import Device, list_devices, open_device
+from revdist.devices.cpu import CpuDevice
 from revdist.planning.costs import Mode, Profile
 from revdist.reversible.chain import Event
 from revdist.training.data import fetch
@@ -93,16 +93,21 @@ def open_bench(config: RunConfig) -> Iterator[Bench]:
     """Build a run's model and data on a device of the kind it would use. Raises what `build_parts` raises."""
     torch.set_num_threads(config.threads_per_worker)
     spec = _spec(config)
-    if spec.kind == "cuda":
-        device = open_device(kind="cuda", uuid=spec.uuid)
+    with _private_cpu() if spec.kind == "cpu" else nullcontext(open_device(kind="cuda", uuid=spec.uuid)) as device:
         device.activate("revdist plan")
         yield Bench(config, device, build_parts(config, device.torch_device))
-        return
+
+
+@contextmanager
+def _private_cpu() -> Iterator[Device]:
+    """A CPU device as large as the host's memory that nobody else sees."""
     with tempfile.TemporaryDirectory(prefix="revdist-plan-") as folder:
-        capacity_bytes = max(reading.total_bytes for reading in list_devices(directory=Path(folder)))
-        device = open_device(kind="cpu", name="this-host", capacity_bytes=capacity_bytes, directory=folder)
-        device.activate("revdist plan")
-        yield Bench(config, device, build_parts(config, device.torch_device))
+        capacity_bytes = max(reading.total_bytes for reading in list_devices(directory=folder))
+        device = CpuDevice.open("this-host", capacity_bytes=capacity_bytes, directory=folder)
+        try:
+            yield device
+        finally:
+            device.deactivate()
 
 
 def _spec(config: RunConfig) -> DeviceSpec:
