@@ -18,8 +18,12 @@ from revdist.planning.costs import Option, Profile
 class Line:
     """Where micro_batch lies among the sizes of two profiles: low + (high - low) * steps / span."""
 
+    low_size: int
+    """Micro-batch of the smaller profile; 0: the empty batch."""
     steps: int
+    """From `low_size` to the size wanted."""
     span: int
+    """From `low_size` to the size of the larger profile."""
 
     def count(self, low: int, high: int) -> int:
         """Bytes on the line, rounded up; a falling line (noise) is not followed beyond its ends."""
@@ -28,8 +32,15 @@ class Line:
         return max(0, low - (low - high) * self.steps // self.span)
 
     def seconds(self, low: float, high: float) -> float:
-        """Seconds on the line, never negative."""
-        return max(0.0, low + (high - low) * (self.steps / self.span))
+        """Seconds on the line, and below the smaller profile no less than in proportion to it.
+
+        Times that grow faster than the batch, for noise or for caches, would else make the smallest
+        micro-batches cost nothing.
+        """
+        on_line = max(0.0, low + (high - low) * (self.steps / self.span))
+        if self.steps >= 0:
+            return on_line
+        return max(on_line, low * (self.low_size + self.steps) / self.low_size)
 
 
 def interpolate(profiles: Sequence[Profile], micro_batch: int) -> Profile:
@@ -48,9 +59,10 @@ def interpolate(profiles: Sequence[Profile], micro_batch: int) -> Profile:
             return profile
     if len(ordered) == 1:
         only = ordered[0]
-        return _on_line(_empty_batch(only), only, Line(micro_batch, only.micro_batch), micro_batch)
+        return _on_line(_empty_batch(only), only, Line(0, micro_batch, only.micro_batch), micro_batch)
     low, high = neighbours(ordered, micro_batch)
-    return _on_line(low, high, Line(micro_batch - low.micro_batch, high.micro_batch - low.micro_batch), micro_batch)
+    size = low.micro_batch
+    return _on_line(low, high, Line(size, micro_batch - size, high.micro_batch - size), micro_batch)
 
 
 def ordered_profiles(profiles: Sequence[Profile]) -> list[Profile]:

@@ -206,3 +206,10 @@ def test_curve_reader_refuses_damage_with_a_clear_error(data: st.DataObject) -> 
     except InvalidCosts:
         return
     assert curve.step_s(1) >= 0
+
+
+def test_a_small_micro_batch_never_costs_less_than_its_proportion() -> None:
+    options = [[Option(Mode.SAVE, 1, 1, 0.0)]]
+    profiles = [Profile.from_options(options, micro_batch=size, base_s=s) for size, s in ((8, 0.04), (32, 0.4))]
+    assert interpolate(profiles, 2).base_s == pytest.approx(0.01)
+    assert interpolate(profiles, 20).base_s == pytest.approx(0.22)
