@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.planners.result import GOAL_LENGTH
+from benchmarks.planners.result import GOAL_FAMILY, GOAL_LENGTH
 from benchmarks.planners.study import Score
 from revdist.reporting.figure import house_style
 
@@ -53,7 +53,8 @@ def _draw_times(axes: Axes, scores: Sequence[Score]) -> None:
 
 def _draw_quality(axes: Axes, scores: Sequence[Score]) -> None:
     for score in scores:
-        if (score.family, score.num_operators) != ("RevNet-like", GOAL_LENGTH) or score.planner not in STYLES:
+        chain = score.family, score.num_operators
+        if chain != (GOAL_FAMILY, GOAL_LENGTH) or score.planner not in STYLES or score.planner == "revdist, one budget":
             continue
         color, marker = STYLES[score.planner]
         fits = [trial for trial in score.trials if trial.valid]
@@ -63,6 +64,7 @@ def _draw_quality(axes: Axes, scores: Sequence[Score]) -> None:
             marker + "-",
             color=color,
             markersize=4,
+            zorder=3 if score.planner == "revdist" else 2,
         )
     axes.set(xlabel="budget, MiB", ylabel="extra step time, %")
-    axes.set_title(f"Plans that fit, RevNet-like, {GOAL_LENGTH} operators")
+    axes.set_title(f"Plans that fit, {GOAL_FAMILY}, {GOAL_LENGTH} operators")

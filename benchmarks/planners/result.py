@@ -13,10 +13,8 @@ from benchmarks.planners.study import Score, Trial
 from benchmarks.table import Table
 
 MILLISECOND = 1e-3
-GOAL_LENGTH = 104
-"""Operators for which the goals of time hold."""
-WITHOUT_BUDGET = ("checkpoint every sqrt(n)", "all INVERT", "all SAVE")
-"""Plans that do not depend on the budget: one over it is not a mistake, it does not fit."""
+GOAL_FAMILY, GOAL_LENGTH = "RevNet-like", 104
+"""The chain for which the goals of time against peers hold."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,44 +135,44 @@ def _time(seconds: Sequence[float]) -> str:
 
 
 def _goals(scores: Sequence[Score]) -> Iterator[Goal]:
+    """The goals of time hold for the sizes of real networks; where a planner over its budget counts, for all."""
     ours = [score for score in scores if score.planner == "revdist"]
-    for family in dict.fromkeys(score.family for score in ours):
-        at_goal = {s.planner: s for s in scores if s.family == family and s.num_operators == GOAL_LENGTH}
-        if {"revdist", "torch dp"} <= at_goal.keys():
-            peer = at_goal["torch dp"].solve_s
-            faster = peer / at_goal["revdist"].build_s
-            goal = family == "RevNet-like"
-            yield Goal(
-                name=f"one torch dp call over building every budget, n={GOAL_LENGTH}, {family}",
-                wanted="at least 4" if goal else "",
-                measured=f"{faster:.1f}",
-                met=faster >= 4 or not goal,
-            )
-            faster = peer / at_goal["revdist"].solve_s
-            yield Goal(
-                name=f"one torch dp call over replanning, n={GOAL_LENGTH}, {family}",
-                wanted="at least 10",
-                measured=f"{faster:.0f}",
-                met=faster >= 10,
-            )
+    real = {score.planner: score for score in _of(scores, GOAL_FAMILY, GOAL_LENGTH)}
+    if {"revdist", "torch dp"} <= real.keys():
+        peer_s = real["torch dp"].solve_s
+        yield _ratio_goal("building every budget", peer_s / real["revdist"].build_s, 4)
+        yield _ratio_goal("replanning", peer_s / real["revdist"].solve_s, 10)
     over = sum(over_budget(score.trials) for score in ours)
     total = sum(len(score.trials) for score in ours)
-    yield Goal(name="plans over budget", wanted="0", measured=f"{over} of {total}", met=over == 0)
-    yield _limit_goal(ours, "RevNet-like", GOAL_LENGTH, lambda score: score.build_s, "every budget", 10 * MILLISECOND)
-    yield _limit_goal(ours, "RevNet-like", 1000, lambda score: score.build_s, "every budget", 1.0)
-    yield _limit_goal(ours, "RevNet-like", 300, lambda score: score.solve_s, "one look-up", MILLISECOND)
+    yield Goal(name="plans over budget, all chains", wanted="0", measured=f"{over} of {total}", met=over == 0)
+    yield from _limit_goal(_of(ours, GOAL_FAMILY, 104), lambda score: score.build_s, "every budget", 0.010)
+    yield from _limit_goal(_of(ours, GOAL_FAMILY, 1000), lambda score: score.build_s, "every budget", 1.0)
+    yield from _limit_goal(_of(ours, GOAL_FAMILY, 300), lambda score: score.solve_s, "one look-up", 0.001)
+
+
+def _of(scores: Sequence[Score], family: str, length: int) -> list[Score]:
+    return [score for score in scores if (score.family, score.num_operators) == (family, length)]
+
+
+def _ratio_goal(what: str, measured: float, wanted: float) -> Goal:
+    return Goal(
+        name=f"time of one torch dp call over {what}, {GOAL_FAMILY}, n={GOAL_LENGTH}",
+        wanted=f"at least {wanted:.0f}",
+        measured=f"{measured:.1f}",
+        met=measured >= wanted,
+    )
 
 
 def _limit_goal(
-    scores: Sequence[Score], family: str, length: int, seconds: Callable[[Score], float], what: str, limit_s: float
-) -> Goal:
-    found = [seconds(score) for score in scores if (score.family, score.num_operators) == (family, length)]
-    return Goal(
-        name=f"{what}, n={length}, {family}",
-        wanted=f"below {_time([limit_s])}",
-        measured=_time(found) or "not run",
-        met=bool(found) and found[0] < limit_s,
-    )
+    scores: Sequence[Score], seconds: Callable[[Score], float], what: str, limit_s: float
+) -> Iterator[Goal]:
+    for score in scores:
+        yield Goal(
+            name=f"{what}, {score.family}, n={score.num_operators}",
+            wanted=f"below {_time([limit_s])}",
+            measured=_time([seconds(score)]),
+            met=seconds(score) < limit_s,
+        )
 
 
 def _goal_table(goals: Sequence[Goal]) -> Table:

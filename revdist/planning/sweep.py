@@ -38,6 +38,8 @@ MOST_POINTS = 2**20
 """Length past which solving is refused."""
 ANSWER_SHARE = 0.1
 """Part of the guarantee that is left for thinning the answer itself."""
+SEGMENT_OPERATORS = 64
+"""Shortest segment; shorter ones cost more calls than they save memory."""
 HISTORY_POINTS = 2**24
 """Links kept, of 4 bytes each; the others are recomputed."""
 CHOICE_BYTES = 2**25
@@ -85,7 +87,7 @@ def sweep(stages: Stages, guarantee: float) -> Solution:
     trim = Trim(stages, guarantee)
     lists = empty_suffix()
     segments: list[Segment] = []
-    length = math.isqrt(stages.num_operators - 1) + 1
+    length = max(SEGMENT_OPERATORS, math.isqrt(stages.num_operators - 1) + 1)
     for last in range(stages.num_operators, 0, -length):
         segment = Segment(max(0, last - length), last, lists, NO_LINKS, NO_STARTS)
         lists = _run(stages, segment, trim, again=False)

@@ -103,6 +103,7 @@ def test_more_memory_is_never_slower(profile: Profile) -> None:
 def test_bounded_history_and_short_segments_change_nothing(profile: Profile) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "HISTORY_POINTS", 0)
+        patch.setattr(sweep, "SEGMENT_OPERATORS", 1)
         recomputed = solve(profile)
     assert recomputed == solve(profile)
 
@@ -114,6 +115,7 @@ def test_thinned_lists_keep_their_guarantee(make, guarantee: float, monkeypatch:
     exact = solve(profile)
     monkeypatch.setattr(sweep, "LIST_POINTS", 20)
     monkeypatch.setattr(sweep, "HISTORY_POINTS", 100)
+    monkeypatch.setattr(sweep, "SEGMENT_OPERATORS", 1)
     thinned = solve(profile, guarantee=guarantee)
     assert 0.0 < thinned.guarantee <= guarantee
     assert len(thinned) < len(exact)
@@ -134,6 +136,7 @@ def test_thinning_keeps_its_guarantee_on_any_chain(profile: Profile, guarantee: 
         patch.setattr(sweep, "LIST_POINTS", 2)
         patch.setattr(sweep, "CHOICE_BYTES", 2)
         patch.setattr(sweep, "HISTORY_POINTS", 4)
+        patch.setattr(sweep, "SEGMENT_OPERATORS", 1)
         thinned = solve(profile, guarantee=guarantee)
     assert thinned.guarantee <= guarantee
     assert thinned.minimum_bytes == exact.minimum_bytes
