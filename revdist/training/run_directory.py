@@ -10,6 +10,7 @@
                     demoted_bytes}]
     events.jsonl    everything else: time, step, kind, rank, device, detail; kind is one of EVENT_KINDS
     summary.json    what the run came to
+    tensorboard/    loss, speed and memory as TensorBoard event files
     checkpoints/    saved training state
 
 A run writes through one `RunWriter`; a line is complete or absent, so files can be read while they grow.
@@ -29,6 +30,7 @@ from typing import Any, TextIO, final
 from revdist.config import RunConfig
 from revdist.errors import ConfigError
 from revdist.planning.costs import Plan, Schedule
+from revdist.training.tensorboard import TensorBoardLog
 
 EVENT_KINDS = (
     "start",
@@ -61,6 +63,7 @@ class RunWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[str, TextIO] = {}
+        self._tensorboard: TensorBoardLog | None = None
 
     def create(self, config: RunConfig) -> None:
         """Make the directory, readable by its owner's group at most, and write the configuration.
@@ -72,6 +75,8 @@ class RunWriter:
             (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             for name in ("plans", "metrics", "events"):
                 self._files[name] = (self.path / f"{name}.jsonl").open("a", encoding="utf-8", buffering=1)
+            if config.tensorboard:
+                self._tensorboard = TensorBoardLog(self.path / "tensorboard")
         except OSError as error:
             raise ConfigError(
                 f"cannot write the run directory {self.path}: {error.strerror}; choose another with --run-dir"
@@ -84,6 +89,8 @@ class RunWriter:
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Append a step."""
         self._append("metrics", record)
+        if self._tensorboard is not None:
+            self._tensorboard.step(record)
 
     def event(self, record: Mapping[str, Any]) -> None:
         """Append an event."""
@@ -101,6 +108,8 @@ class RunWriter:
         for file in self._files.values():
             file.close()
         self._files.clear()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(_finite(record)) + "\n")

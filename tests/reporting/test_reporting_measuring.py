@@ -22,6 +22,7 @@ planning: {profile_repeats: 1, profile_cache: false, modes: [SAVE, INVERT]}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_plan_is_measured_on_this_machine(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(CONFIG)

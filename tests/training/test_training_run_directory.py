@@ -31,14 +31,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run")
     writer.create(run_config())
     writer.plan(PLAN, time=1.0, step=4, free_bytes=5)
-    writer.metrics({"step": 1, "loss": float("nan"), "ranks": [{"rank": 0}]})
+    writer.metrics({"time": 0.0, "step": 1, "loss": float("nan"), "ranks": [{"rank": 0}]})
     writer.event({"kind": "start", "step": 0})
     reader = RunReader(tmp_path / "run")
     assert reader.config() == run_config()
     (plan,) = reader.plans()
     assert plan["strip"] == "SI"
     assert plan_of(plan) == PLAN
-    assert list(reader.metrics()) == [{"step": 1, "loss": None, "ranks": [{"rank": 0}]}]
+    assert list(reader.metrics()) == [{"time": 0.0, "step": 1, "loss": None, "ranks": [{"rank": 0}]}]
     assert list(reader.events()) == [{"kind": "start", "step": 0}]
     assert reader.summary() is None
     writer.summary({"steps": 3})
