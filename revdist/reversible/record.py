@@ -40,21 +40,34 @@ DEMOTION = threading.RLock()
 class Handle:
     """Stands for one tensor that a forward saved."""
 
-    __slots__ = ("__weakref__", "dtype", "layout", "record", "shape", "tensor", "version")
+    __slots__ = ("__weakref__", "_shape_and_type", "layout", "record", "tensor", "version")
 
     def __init__(self, record: Record, tensor: Tensor, *, keep: bool) -> None:
         self.record = record
-        self.shape = tensor.shape
-        self.dtype = tensor.dtype
         self.version = tensor._version
-        # Detached, for the tensor itself may own the node that owns this handle.
-        self.tensor: Tensor | None = tensor.detach() if keep else None
         self.layout: Layout | None = None
         """Where the tensor is in host memory, if it is."""
+        # Detached, for the tensor itself may own the node that owns this handle.
+        self.tensor: Tensor | None = tensor.detach() if keep else None
+        self._shape_and_type = None if keep else (tensor.shape, tensor.dtype)
+
+    def drop(self) -> None:
+        """Let the tensor go; it can be put back as `tensor`."""
+        if self.tensor is not None:
+            self._shape_and_type = self.shape_and_type
+            self.tensor = None
+
+    @property
+    def shape_and_type(self) -> tuple[torch.Size, torch.dtype]:
+        if self._shape_and_type is not None:
+            return self._shape_and_type
+        assert self.tensor is not None
+        return self.tensor.shape, self.tensor.dtype
 
     @property
     def num_bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
+        shape, dtype = self.shape_and_type
+        return shape.numel() * dtype.itemsize
 
 
 class Owned:
@@ -201,7 +214,7 @@ class Record:
         boundary.to_host(offload)
         for handle, _ in kept:
             if handle.layout is not None:
-                handle.tensor = None
+                handle.drop()
         self._offload = offload
 
     def _from_host(self, offload: Offload) -> None:
@@ -249,10 +262,11 @@ class Record:
             handle = reference()
             if handle is None:
                 continue
-            if handle.shape != tensor.shape or handle.dtype != tensor.dtype:
+            shape, dtype = handle.shape_and_type
+            if shape != tensor.shape or dtype != tensor.dtype:
                 raise ReplayDiverged(
-                    f"operator {self.operator.name} saved {handle.dtype} of shape {tuple(handle.shape)} in its forward "
-                    f"and {tensor.dtype}, {tuple(tensor.shape)} when run again: it must do the same each time"
+                    f"operator {self.operator.name} saved {dtype} of shape {tuple(shape)} in its forward and "
+                    f"{tensor.dtype}, {tuple(tensor.shape)} when run again: it must do the same each time"
                 )
             handle.tensor, handle.version = tensor, version
 
@@ -298,7 +312,7 @@ class Record:
         """Drop a part of what the record keeps, of a forward whose backward will not be run."""
         if part == "internals":
             for handle in self.handles():
-                handle.tensor = None
+                handle.drop()
         elif part == "boundary":
             self.boundary = None
         else:
@@ -316,7 +330,7 @@ class Record:
         else:
             self.mode = Mode.RECOMPUTE
         for handle in self.handles():
-            handle.tensor = None
+            handle.drop()
 
     def _outputs_will_be_there(self) -> bool:
         after = self._after
@@ -341,5 +355,5 @@ def unpack(handle: Handle | Owned) -> Tensor:
             f"saved: version {tensor._version}, saved at {handle.version}; edit a clone instead, or set inplace=False"
         )
     if isinstance(handle, Handle) and record.mode is not Mode.SAVE and _graph_is_kept():
-        handle.tensor = None  # the graph stays, its activations need not
+        handle.drop()  # the graph stays, its activations need not
     return tensor
