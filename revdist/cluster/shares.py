@@ -16,6 +16,8 @@ from revdist.training.row import Row
 
 _WINDOW = 16
 """Steps under unchanged plans after which measured times may change the shares."""
+_LEAST_S = 1e-9
+"""No step is faster: keeps ratios finite for models too small to be timed."""
 
 
 @final
@@ -75,11 +77,12 @@ class ShareKeeper:
         """What the shares and schedules in force gain, as ratios of predicted step times."""
         assert self.shares is not None
         curves, inverted = self._in_order(self._curves), self._in_order(self._inverted)
-        planned_s = slowest_s(curves, self.shares.by_rank)
+        planned_s = max(slowest_s(curves, self.shares.by_rank), _LEAST_S)
         equal = equal_split(self._config.global_batch, self._world_size)
+        inverted_s = slowest_s(inverted, split(inverted, self._config.global_batch))
         return {
-            "over_all_invert": slowest_s(inverted, split(inverted, self._config.global_batch)) / planned_s,
-            "over_equal_split": slowest_s(curves, equal) / planned_s,
+            "over_all_invert": max(inverted_s, _LEAST_S) / planned_s,
+            "over_equal_split": max(slowest_s(curves, equal), _LEAST_S) / planned_s,
             "basis": "step times predicted from the profiles measured on these devices, at their last budgets",
         }
 

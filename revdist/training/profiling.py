@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from revdist.config import RunConfig
@@ -15,6 +16,7 @@ from revdist.devices.device import Device
 from revdist.planning.costs import Mode, Profile
 from revdist.reversible.profiler import profile_chain
 from revdist.training.data import fetch
+from revdist.training.pooling import aligned, pooled
 from revdist.training.profile_cache import cpu_type, load_profile, profile_key, store_profile
 from revdist.training.replicated import SummedLoss, move_batch
 
@@ -52,6 +54,19 @@ class Profiling:
             limit = profile.micro_batch - 1
         return tuple(found[size] for size in sorted(found))
 
+    def pool(self, own: Sequence[Profile]) -> tuple[Profile, ...]:
+        """Own profiles, pooled with those of all ranks on devices of the same type; every rank calls this.
+
+        What was measured now is kept in the cache.
+        """
+        everyone: list[list[Profile]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, list(own))
+        pool = pooled(own, [profile for profiles in everyone for profile in profiles])
+        if self._config.planning.profile_cache and self.num_cached < len(own):
+            for profile in pool:
+                store_profile(profile)
+        return aligned(pool)
+
     def _get_or_halve(self, micro_batch: int, progress: Progress) -> Profile:
         while True:
             try:
@@ -69,10 +84,7 @@ class Profiling:
             self.num_cached += 1
             return dataclasses.replace(cached, device=self._device.uuid)
         measured = self._measure(batch, micro_batch, progress)
-        profile = dataclasses.replace(measured, micro_batch=micro_batch, device=self._device.uuid, key=key)
-        if self._config.planning.profile_cache:
-            store_profile(profile)
-        return profile
+        return dataclasses.replace(measured, micro_batch=micro_batch, device=self._device.uuid, key=key)
 
     def _measure(self, batch: tuple[Any, Any], micro_batch: int, progress: Progress) -> Profile:
         inputs, target = batch

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from revdist.devices.device import Device
 from revdist.errors import DeviceError, RevdistError, RunFailed
+from revdist.planning.costs import Profile
 from revdist.training import checkpoint_files, group
 from revdist.training.evaluation import evaluate
 from revdist.training.local_planner import LocalPlanner
@@ -94,8 +95,10 @@ class Replica:
         free_bytes = self._device.read().free_bytes
         try:
             parts = build_parts(self._config, self._device.torch_device)
-            profiles = self._profile(parts)
-            trained = self._join(parts, profiles)
+            profiling = Profiling(self._config, parts.model, parts.loss_fn, parts.train, self._device)
+            profiles = self._profile(profiling)
+            group.join(self._assignment.rendezvous, kind=self._device.kind, listener=self._listener)
+            trained = self._lay_out(parts, profiling.pool(profiles))
         except torch.OutOfMemoryError as error:
             raise explain_shortage(self._config, self._device, free_bytes) from error
         trained.planner.start(trained.memory.budget_bytes())
@@ -113,8 +116,7 @@ class Replica:
             )
         )
 
-    def _profile(self, parts: Parts) -> Any:
-        profiling = Profiling(self._config, parts.model, parts.loss_fn, parts.train, self._device)
+    def _profile(self, profiling: Profiling) -> tuple[Profile, ...]:
         began_s = time.perf_counter()
         profiles = profiling.profiles(
             sizes_to_profile(self._config, self._assignment.rendezvous.world_size),
@@ -128,9 +130,8 @@ class Replica:
         self._event("profile", f"micro-batches of {sizes} {how} in {seconds:.1f} s", seconds=seconds)
         return profiles
 
-    def _join(self, parts: Parts, profiles: Any) -> Trained:
-        """Form the group, and lay out everything whose memory no plan changes."""
-        group.join(self._assignment.rendezvous, kind=self._device.kind, listener=self._listener)
+    def _lay_out(self, parts: Parts, profiles: tuple[Profile, ...]) -> Trained:
+        """Everything whose memory no plan changes, in place, and the planner for the rest."""
         optimizer = build_optimizer(self._config.optimizer, parts.trainable)
         replicated = Replicated(parts.model, parts.loss_fn, self._config.precision)
         if self._assignment.resume:
