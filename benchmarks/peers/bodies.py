@@ -17,13 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.peers.networks import Couplings
 
-Remember = Callable[[nn.Module, Callable[[], Tensor]], Tensor]
-"""Called with the module that needs a value and the function that computes it."""
-
-
-def _compute(owner: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-    return compute()
-
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
@@ -36,8 +29,6 @@ class Subject:
     build: Callable[[Couplings], nn.Module]
     careful: Callable[[Couplings], nn.Module] | None = None
     """Built for correctness where that is not the default: what the library offers to replay random numbers."""
-    remember: Remember = _compute
-    """What the library offers to keep a value of a forward for its replays; most offer nothing."""
 
     @property
     def version(self) -> str:
@@ -169,19 +160,12 @@ def revdist(network: Couplings, mode: str) -> nn.Module:
     return chain
 
 
-def revdist_noted(owner: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
-    from revdist.reversible.notes import noted
-
-    return noted(owner, compute)
-
-
 REVDIST = tuple(
     Subject(
         key=f"revdist-{mode.lower()}",
         label=f"revdist, all {mode}",
         distribution="revdist",
         build=functools.partial(revdist, mode=mode),
-        remember=revdist_noted,
     )
     for mode in ("INVERT", "SAVE")
 )

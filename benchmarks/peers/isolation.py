@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import traceback
@@ -20,6 +21,9 @@ from typing import Any
 
 EXIT_S = 5.0
 """How long a process may take to end once it has given its result."""
+
+_SOURCE = re.compile(r"\[/\S+\] ?")
+"""Where in a library's source an error was raised, on the machine that built it."""
 
 _fork = multiprocessing.get_context("fork")
 
@@ -81,7 +85,7 @@ def _wait(receiver: Connection, timeout_s: float) -> Ending | None:
 def _death(exit_code: int, timeout_s: float, printed: Path) -> Ending:
     what = signal.strsignal(-exit_code) if exit_code < 0 else f"exit code {exit_code}"
     lines = printed.read_text(errors="replace").strip().splitlines() if printed.exists() else []
-    last = f": {lines[-1].strip()[:160]}" if lines else ""
+    last = f": {_SOURCE.sub('', lines[-1]).strip()[:120]}" if lines else ""
     return Ending(trouble=f"the process died: {what}{last}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from benchmarks.peers.cost import Case, batch, loss_of
@@ -18,7 +19,8 @@ def planned_cases(
     chain: ReversibleChain, network: Couplings, meter: MemoryMeter, *, progress: Callable[[int, int], None]
 ) -> list[Case]:
     """Cases for budgets that divide the way from the smallest plan to the fastest one into equal parts."""
-    profile = profile_chain(chain, batch().requires_grad_(), loss_of, meter=meter, progress=progress)
+    images = batch().requires_grad_()
+    profile = profile_chain(chain, images, loss_of, meter=meter, progress=progress, host_clock=time.process_time)
     frontier = solve(profile)
     low, high = frontier.minimum_bytes, frontier.maximum_bytes
     cases = []

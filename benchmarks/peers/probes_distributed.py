@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.peers.behaviour import CHANNELS, Answer, Probe, Trial, Verdict, compare, image
-from benchmarks.peers.bodies import Remember
 from benchmarks.peers.networks import smooth_branch
 from benchmarks.peers.probes_gradients import normalized
 
@@ -73,28 +72,26 @@ def accumulation(trial: Trial) -> Verdict:
 
 
 class _Centred(torch.autograd.Function):
-    """x less the mean over all ranks, given that mean. Its backward has a collective of its own."""
+    """x less its mean over all ranks: one collective in the forward and one in the backward, as SyncBatchNorm has."""
 
     @staticmethod
-    def forward(ctx: Any, x_BCHW: Tensor, mean_C: Tensor) -> Tensor:
-        return x_BCHW - mean_C[:, None, None]
+    def forward(ctx: Any, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW - _mean_over_ranks(x_BCHW)[:, None, None]
 
     @staticmethod
-    def backward(ctx: Any, grad_BCHW: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad_BCHW - _mean_over_ranks(grad_BCHW)[:, None, None], None
+    def backward(ctx: Any, grad_BCHW: Tensor) -> Tensor:  # type: ignore[override]
+        return grad_BCHW - _mean_over_ranks(grad_BCHW)[:, None, None]
 
 
 class _CentredOverRanks(nn.Module):
-    """A branch whose input loses its mean over all ranks, with the communication of SyncBatchNorm."""
+    """A branch that talks to the other ranks."""
 
-    def __init__(self, remember: Remember) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.branch = smooth_branch(CHANNELS)
-        self.remember = remember
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        mean_C = self.remember(self, lambda: _mean_over_ranks(x_BCHW))
-        y_BCHW: Tensor = self.branch(_Centred.apply(x_BCHW, mean_C))
+        y_BCHW: Tensor = self.branch(_Centred.apply(x_BCHW))
         return y_BCHW
 
 
@@ -130,7 +127,7 @@ def _collective(trial: Trial, *, plain_rank: int | None) -> Verdict:
     """Compare rank 0's gradients with those of plain autograd on both ranks; `plain_rank` uses that in any case."""
 
     def step(rank: int) -> Verdict:
-        reference, network = trial.pair(lambda: _CentredOverRanks(trial.subject.remember))
+        reference, network = trial.pair(_CentredOverRanks)
         for net in (reference, reference if rank == plain_rank else network):
             # Many small buckets: they are on their way while branches communicate.
             wrapped = DistributedDataParallel(net, bucket_cap_mb=0.001)
