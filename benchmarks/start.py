@@ -97,7 +97,7 @@ def _torchrun(folder: Path, number: int) -> float:
     script.write_text(TORCHRUN_WORKER, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     began = time.time()
-    subprocess.run([*command, str(script), str(out)], check=True, capture_output=True, env=_environment(folder, "none"))
+    _run([*command, str(script), str(out)], _environment(folder, "none"))
     return float(json.loads(out.read_text(encoding="utf-8"))) - began
 
 
@@ -106,8 +106,14 @@ def _revdist(folder: Path, cache: str, number: int = -1) -> float:
     config.write_text(json.dumps(CONFIG), encoding="utf-8")
     command = [sys.executable, "-m", "revdist.cli", "launch", str(config), "--run-dir", str(run_dir)]
     began = time.time()
-    subprocess.run(command, check=True, capture_output=True, env=_environment(folder, cache))
+    _run(command, _environment(folder, cache))
     return float(next(RunReader(run_dir).metrics())["time"]) - began
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
 def _environment(folder: Path, cache: str) -> dict[str, str]:

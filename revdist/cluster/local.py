@@ -57,6 +57,7 @@ def _start(num_workers: int) -> None:
 
     ray_constants.ENABLE_RAY_CLUSTER = False  # read at import, which may have been before our setting
     ray.init(
+        "local",  # else Ray joins whatever cluster runs on this machine
         # Replicas are placed on devices, not on cores: a small machine may hold more of them than it has.
         num_cpus=max(num_workers, os.cpu_count() or 1),
         include_dashboard=False,
