@@ -70,8 +70,11 @@ def extend(
     infinite = np.iinfo(np.int64).max
     for c in range(num_options):
         need, time = (need_0, time_0) if continues[c] == 0 else (need_1, time_1)
-        heads[c] = held[c] + max(working[c], need[position[c]])
-        costs[c] = extra[c] + time[position[c]]
+        if len(need) == 0:  # nothing fits behind this option
+            heads[c] = costs[c] = infinite
+        else:
+            heads[c] = held[c] + max(working[c], need[position[c]])
+            costs[c] = extra[c] + time[position[c]]
     count = 0
     best = infinite
     while True:

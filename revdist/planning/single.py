@@ -190,9 +190,12 @@ def _lower_hull(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
     for x, y in points:
         if hull and y >= hull[-1][1]:
             continue
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (
-            hull[-1][0] - hull[-2][0]
-        ):
+        while len(hull) > 1 and _lies_above(hull[-2], hull[-1], (x, y)):
             hull.pop()
         hull.append((x, y))
     return hull
+
+
+def _lies_above(left: tuple[int, int], middle: tuple[int, int], right: tuple[int, int]) -> bool:
+    """Whether `middle` is on or above the line from `left` to `right`."""
+    return (middle[1] - left[1]) * (right[0] - left[0]) >= (right[1] - left[1]) * (middle[0] - left[0])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning_cases import ANY_SECONDS, profiles, true_frontier
+from planning_cases import ANY_SECONDS, every_schedule, profiles, true_frontier
 
 from revdist.errors import BudgetTooSmall, InvalidCosts, UsageError
 from revdist.planning import single, sweep
@@ -75,6 +75,20 @@ def test_beats_or_equals_a_thinned_frontier_where_the_exact_one_is_too_large(mon
     assert thinned.guarantee > 0
     for budget in np.linspace(thinned.minimum_bytes, thinned.maximum_bytes, 7).astype(int).tolist():
         assert solve_at(profile, budget).extra_s <= thinned.best(budget).extra_s
+
+
+def test_a_state_in_which_nothing_fits() -> None:
+    """After holding its output, the first operator leaves too little for any option of the second."""
+    profile = Profile.from_options(
+        [
+            [Option(Mode.SAVE, 50, 0, 0.0, 0, True), Option(Mode.INVERT, 10, 0, 1.0)],
+            [Option(Mode.SAVE, 40, 0, 0.0, 5), Option(Mode.INVERT, 30, 0, 1.0, 2)],
+            [Option(Mode.SAVE, 5, 0, 0.0, 5, True), Option(Mode.RECOMPUTE, 5, 0, 0.0, 4)],
+        ]
+    )
+    for budget in range(45, 100):
+        fitting = [judged.extra_s for _, judged in every_schedule(profile) if judged.need_bytes <= budget]
+        assert solve_at(profile, budget).extra_s == min(fitting)
 
 
 def test_modes_restrict_the_choice() -> None:
