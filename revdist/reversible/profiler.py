@@ -123,8 +123,7 @@ class _Profiler:
         """
         schedule = self._taking(mode, window)
         try:
-            if mode is Mode.SAVE:
-                self._hold(schedule, window)
+            self._hold(schedule, window)
             self._observe(schedule)
         except torch.OutOfMemoryError:
             if schedule == self._frugal:
@@ -151,13 +150,18 @@ class _Profiler:
         self._offered[operator] = tuple(other for other in self._offered[operator] if other is not mode)
 
     def _hold(self, schedule: Modes, window: range) -> None:
+        """Measure what the operators of a window hold, where this schedule shows more of it than is known."""
+        shown = [index for index in window if schedule[index] is _most_holding(self._offered[index])]
+        if all(index in self._held for index in shown):
+            return
         measured = measure_held(self._work, schedule, window)
         self._count(2)
-        for operator, held in zip(window, measured, strict=True):
-            if operator != window.start:  # the first of a window does not know what it shares
-                self._held[operator] = held
+        for index in shown:
+            held = measured[index - window.start]
+            if index != window.start:  # the first of a window does not know what it shares
+                self._held[index] = held
             else:
-                self._held.setdefault(operator, held)
+                self._held.setdefault(index, held)
 
     def _observe(self, schedule: Modes) -> None:
         self._observations.append(observe_step(self._work, schedule))
@@ -188,7 +192,7 @@ class _Profiler:
         batch = _tensors(self._work.batch)
         outside_bytes = max(observation.outside_bytes for observation in self._observations)
         seconds = median_seconds(timed)
-        held = [self._held.get(index, Held(0, 0, 0, 0)) for index in range(len(self._offered))]
+        held = [self._held[index] for index in range(len(self._offered))]
         return Profile(
             options=derive_options(self._offered, held, self._observations, seconds, outside_bytes),
             operator_names=chain.operator_names,
@@ -207,6 +211,11 @@ class _Profiler:
 def _offered(available: Modes, wanted: Collection[Mode] | None) -> Modes:
     """The modes to measure, in the order of `Mode`."""
     return tuple(mode for mode in Mode if mode in available and (wanted is None or mode in wanted)) or available[:1]
+
+
+def _most_holding(available: Modes) -> Mode:
+    """The mode under which everything can be seen that another of these modes holds."""
+    return next(mode for mode in reversed(_FRUGAL) if mode in available)
 
 
 def _tensors(batch: Any) -> list[Tensor]:

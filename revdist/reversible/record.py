@@ -1,8 +1,8 @@
 """What one operator's forward leaves for its backward: handles in place of saved tensors.
 
 Ordinary autograd runs. `saved_tensors_hooks` hands every tensor that the forward saves to
-`Record.pack`, which returns a `Handle`; the backward asks the handle, and where its tensor is gone
-the record runs the operator once more and fills all of its handles.
+`Record.pack`, which returns a `Handle`; the backward asks the handle through `unpack`, and where its
+tensor is gone the record runs the operator once more and fills all of its handles.
 
 Who keeps what alive is what makes memory fall during the backward as it does in plain autograd:
 autograd owns handles, a handle owns its record, a record knows its handles only weakly. A record
@@ -26,7 +26,8 @@ from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.planning.costs import Mode
 from revdist.reversible.boundary import Boundary, Exit, converted
 from revdist.reversible.conditions import Ambience, Conditions
-from revdist.reversible.offload import Layout, Offload
+from revdist.reversible.handles import Handle, Owned
+from revdist.reversible.offload import Offload
 from revdist.reversible.operator import Operator, Streams
 from revdist.reversible.replay import Complete, Replay, inside_operator
 
@@ -35,50 +36,6 @@ Part = Literal["internals", "boundary", "notes"]
 
 DEMOTION = threading.RLock()
 """Held while a record is demoted or says that it cannot be: a shortage may be met in another thread."""
-
-
-class Handle:
-    """Stands for one tensor that a forward saved."""
-
-    __slots__ = ("__weakref__", "_shape_and_type", "layout", "record", "tensor", "version")
-
-    def __init__(self, record: Record, tensor: Tensor, *, keep: bool) -> None:
-        self.record = record
-        self.version = tensor._version
-        self.layout: Layout | None = None
-        """Where the tensor is in host memory, if it is."""
-        # Detached, for the tensor itself may own the node that owns this handle.
-        self.tensor: Tensor | None = tensor.detach() if keep else None
-        self._shape_and_type = None if keep else (tensor.shape, tensor.dtype)
-
-    def drop(self) -> None:
-        """Let the tensor go; it can be put back as `tensor`."""
-        if self.tensor is not None:
-            self._shape_and_type = self.shape_and_type
-            self.tensor = None
-
-    @property
-    def shape_and_type(self) -> tuple[torch.Size, torch.dtype]:
-        if self._shape_and_type is not None:
-            return self._shape_and_type
-        assert self.tensor is not None
-        return self.tensor.shape, self.tensor.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        shape, dtype = self.shape_and_type
-        return shape.numel() * dtype.itemsize
-
-
-class Owned:
-    """Stands for a parameter or buffer, which stays in any case."""
-
-    __slots__ = ("record", "tensor", "version")
-
-    def __init__(self, record: Record, tensor: Tensor) -> None:
-        self.record = record
-        self.tensor = tensor if tensor._base is None else tensor.detach()
-        self.version = tensor._version
 
 
 class Record:
@@ -320,7 +277,8 @@ class Record:
 
     def can_be_demoted(self) -> bool:
         """Whether this record keeps tensors that could be rebuilt later in this backward."""
-        return self.mode is Mode.SAVE and self.complete and not self.begun and len(self.operator.modes) > 1
+        can_run_again = Mode.INVERT in self.operator.modes or Mode.RECOMPUTE in self.operator.modes
+        return self.mode is Mode.SAVE and self.complete and not self.begun and can_run_again
 
     def demote(self) -> None:
         """Drop what the record keeps, to be rebuilt by inverting or by running again from its inputs."""

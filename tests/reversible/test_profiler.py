@@ -273,6 +273,16 @@ def test_modes_limit_what_is_measured(open_device):
     assert modes[1] == [Mode.SAVE, Mode.INVERT]
 
 
+def test_without_saving_the_other_modes_are_measured_all_the_same(open_device):
+    meter = open_device().meter()
+    model = small_revnet()
+    x = torch.randn(8, 3, 16, 16)
+    everything = profile_chain(model, x, loss_of, meter=meter, repeats=1)
+    others = profile_chain(model, x, loss_of, meter=meter, repeats=1, modes=(Mode.INVERT, Mode.RECOMPUTE))
+    for expected, options in zip(everything.options, others.options, strict=True):
+        assert {o.mode: o.held_bytes for o in options}.items() <= {o.mode: o.held_bytes for o in expected}.items()
+
+
 def test_the_public_call_measures_without_a_device(open_device):
     chain = linear_chain().float()
     measured = profile(chain, torch.randn(64, 6), loss_of, repeats=1)
