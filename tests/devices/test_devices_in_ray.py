@@ -28,7 +28,13 @@ def _hold_in_an_actor(env: dict[str, str], uuid: str) -> tuple[dict[str, float],
             self.tenant.take(num_bytes, patience_s=1)
             return open_device(uuid=uuid).read(), os.getpid()
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": env})
+    ray.init(
+        num_cpus=2,
+        _node_ip_address="127.0.0.1",
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": env},
+    )
     try:
         actor = ray.remote(num_gpus=1)(Replica).remote()
         reading, pid = ray.get(actor.hold.remote(20 * MIB))
