@@ -34,6 +34,7 @@ class LocalPlanner:
         fixed_bytes: int,
         step_peak_bytes: int,
     ) -> None:
+        """step_peak_bytes: most bytes needed between two backwards, on top of `fixed_bytes`: no plan changes them."""
         self._config = config
         self._profiles = [
             dataclasses.replace(_allowed(profile, config), fixed_bytes=fixed_bytes, step_peak_bytes=step_peak_bytes)
@@ -44,7 +45,7 @@ class LocalPlanner:
         self._lock = threading.Lock()
         self._curve: StepTimeCurve | None = None
         self._mistrust_bytes = 0
-        self._minimum_bytes = self._find_minimum()
+        self._minimum_bytes = max(step_peak_bytes, self._find_minimum())
         self.version = 0
         """Counts changes of the curve."""
         self.reason = "start"

@@ -42,6 +42,7 @@ class Trained:
     device: Device
     parts: Parts
     replicated: Replicated
+    local: LocalStep
     optimizer: torch.optim.Optimizer
     planner: LocalPlanner
     memory: MemoryView
@@ -56,13 +57,7 @@ class Loop:
         self._inbox = inbox
         self._outbox = outbox
         self._meter: MemoryMeter = trained.device.meter()
-        self._local = LocalStep(
-            trained.replicated,
-            trained.parts.chain,
-            trained.device,
-            precision=trained.config.precision,
-            seed=trained.config.seed,
-        )
+        self._local = trained.local
         self.step = step
         """Steps taken by the run so far."""
         self.shares = first

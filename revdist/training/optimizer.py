@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from revdist.config import OptimizerConfig
+from revdist.devices.device import MemoryMeter
 from revdist.errors import FactoryError
 from revdist.training.factories import call_factory
+
+_NO_REHEARSAL = (RuntimeError, NotImplementedError, TypeError, ValueError)
+"""What an optimizer raises that needs more than gradients to step."""
+_PIECE = 2**16
+"""Elements of a parameter that stand for all of it."""
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -53,31 +59,78 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 def coming_state_bytes(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> int:
     """Bytes of optimizer state that the first step will create, counted before it exists.
 
-    Runs one step of the same optimizer on copies of the parameters that have shapes and no memory.
-    An optimizer that cannot step on those is taken to keep two tensors per parameter, as Adam does.
+    Runs one step of the same optimizer on copies of the parameters that have shapes and no memory; where
+    it cannot step on those, on real ones, a shape at a time. One that cannot step like this at all is
+    taken to keep two tensors per parameter, as Adam does.
     """
     shapes = [nn.Parameter(torch.empty_like(parameter, device="meta")) for parameter in parameters]
-    for shape in shapes:
-        shape.grad = torch.empty_like(shape)
-    rehearsal = build_optimizer(config, shapes)
     try:
-        rehearsal.step()
-    except (RuntimeError, NotImplementedError, TypeError):
+        return state_bytes(_rehearse(config, shapes))
+    except _NO_REHEARSAL:
+        pass
+    try:
+        return sum(_state_of_shape(config, parameter) * count for parameter, count in _by_shape(parameters))
+    except _NO_REHEARSAL:
         return 2 * _tensor_bytes(parameters)
-    return state_bytes(rehearsal)
 
 
-def step_peak_bytes(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> int:
+def step_peak_bytes(config: OptimizerConfig, parameters: Sequence[nn.Parameter], meter: MemoryMeter) -> int:
     """Most bytes the optimizer needs on top of its state while it steps.
 
-    A loop over parameters works on two temporaries of one parameter; a fused loop over all of them
-    (`foreach`, the default on CUDA) on one temporary of each.
+    Measured on two and on three copies of a piece of the largest parameter. A loop over parameters needs as
+    much for three as for two: temporaries of one parameter, beside what is left of the one before. A fused
+    loop over all of them (`foreach`, the default on CUDA) needs more with each.
     """
-    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
-    foreach = optimizer.defaults.get("foreach")
-    if foreach or (foreach is None and any(parameter.is_cuda for parameter in parameters)):
-        return sum(sizes)
-    return 2 * max(sizes, default=0)
+    sizes = [_tensor_bytes([parameter]) for parameter in parameters]
+    largest = max(parameters, key=lambda parameter: _tensor_bytes([parameter]))
+    piece = _piece(largest)
+    scale = max(sizes) / _tensor_bytes([piece])
+    if not meter.exact:
+        return 2 * sum(sizes)
+    try:
+        two, three = (_transient_bytes(config, [piece] * count, meter) * scale for count in (2, 3))
+    except _NO_REHEARSAL:
+        return 2 * sum(sizes)
+    others = max(0.0, sum(sizes) / max(sizes) - 2)
+    return math.ceil(two + max(0.0, three - two) * others)
+
+
+def _rehearse(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer after one step on these parameters, whose gradients are made for it."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(config, parameters)
+    optimizer.step()
+    return optimizer
+
+
+def _state_of_shape(config: OptimizerConfig, parameter: nn.Parameter) -> int:
+    return state_bytes(_rehearse(config, [nn.Parameter(torch.zeros_like(parameter))]))
+
+
+def _by_shape(parameters: Sequence[nn.Parameter]) -> Iterable[tuple[nn.Parameter, int]]:
+    """One parameter of each kind, and how many there are."""
+    kinds: dict[object, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
+    return [(same[0], len(same)) for same in kinds.values()]
+
+
+def _piece(parameter: nn.Parameter) -> Tensor:
+    """The first rows of a parameter: about `_PIECE` elements, so that measuring takes little memory."""
+    if parameter.dim() == 0:
+        return parameter.detach()
+    rows = max(1, _PIECE * len(parameter) // max(1, parameter.numel()))
+    return parameter.detach()[:rows]
+
+
+def _transient_bytes(config: OptimizerConfig, pieces: Sequence[Tensor], meter: MemoryMeter) -> int:
+    """Peak of a step above what is there between steps."""
+    optimizer = _rehearse(config, [nn.Parameter(torch.zeros_like(piece)) for piece in pieces])
+    before_bytes = meter.allocated_bytes()
+    meter.reset_peak()
+    optimizer.step()
+    return meter.peak_bytes() - before_bytes
 
 
 def _tensor_bytes(values: Iterable[object]) -> int:

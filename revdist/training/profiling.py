@@ -23,6 +23,9 @@ from revdist.training.replicated import SummedLoss, move_batch
 Progress = Callable[[int, int], None]
 """Called with the measurements done so far and their total."""
 
+_LOSS_BYTES = 8
+"""The summed loss of a micro-batch, kept until the backward of its scaled copy has ended."""
+
 
 @final
 class Profiling:
@@ -89,7 +92,7 @@ class Profiling:
     def _measure(self, batch: tuple[Any, Any], micro_batch: int, progress: Progress) -> Profile:
         inputs, target = batch
         with self._summed.autocast(inputs):
-            return profile_chain(
+            measured = profile_chain(
                 self._summed.model,
                 inputs,
                 lambda output: self._summed.loss_fn(output, target, reduction="sum") / micro_batch,
@@ -98,6 +101,8 @@ class Profiling:
                 modes=[Mode(mode) for mode in self._config.planning.modes],
                 progress=progress,
             )
+        outside_bytes = measured.outside_bytes + _storage_bytes(target) + _LOSS_BYTES
+        return dataclasses.replace(measured, outside_bytes=outside_bytes)
 
     def _batch(self, micro_batch: int) -> tuple[Any, Any]:
         indices = np.arange(micro_batch) % len(self._dataset)
@@ -129,6 +134,14 @@ def sizes_to_profile(config: RunConfig, world_size: int) -> tuple[int, ...]:
         return tuple(sorted(set(config.planning.micro_batches)))
     equal_share = -(-config.global_batch // world_size)
     return tuple(sorted({max(1, equal_share // 4), equal_share}))
+
+
+def _storage_bytes(value: Any) -> int:
+    """Bytes of a batch's tensors, however it nests them."""
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(_storage_bytes(part) for part in parts)
 
 
 def _part_of(progress: Progress, number: int, count: int) -> Progress:

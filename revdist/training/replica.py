@@ -21,6 +21,7 @@ from revdist.planning.costs import Profile
 from revdist.training import checkpoint_files, group
 from revdist.training.evaluation import evaluate
 from revdist.training.local_planner import LocalPlanner
+from revdist.training.local_step import LocalStep
 from revdist.training.loop import Loop, Trained
 from revdist.training.memory import MemoryView, MemoryWatch
 from revdist.training.optimizer import build_optimizer, coming_state_bytes, state_bytes, step_peak_bytes
@@ -134,17 +135,22 @@ class Replica:
         """Everything whose memory no plan changes, in place, and the planner for the rest."""
         optimizer = build_optimizer(self._config.optimizer, parts.trainable)
         replicated = Replicated(parts.model, parts.loss_fn, self._config.precision)
+        local = LocalStep(
+            replicated, parts.chain, self._device, precision=self._config.precision, seed=self._config.seed
+        )
         if self._assignment.resume:
             self._resume(parts, optimizer)
+        meter = self._device.meter()
+        between_bytes = max(step_peak_bytes(self._config.optimizer, parts.trainable, meter), replicated.rebuild_bytes)
         coming = coming_state_bytes(self._config.optimizer, parts.trainable) - state_bytes(optimizer)
-        fixed_bytes = self._device.meter().allocated_bytes() + max(0, coming)
+        fixed_bytes = meter.allocated_bytes() + max(0, coming)
         planner = LocalPlanner(
             self._config,
             profiles,
             rank=self._rank,
             device=self._device.uuid,
             fixed_bytes=fixed_bytes,
-            step_peak_bytes=step_peak_bytes(optimizer, parts.trainable),
+            step_peak_bytes=between_bytes,
         )
         return Trained(
             config=self._config,
@@ -152,6 +158,7 @@ class Replica:
             device=self._device,
             parts=parts,
             replicated=replicated,
+            local=local,
             optimizer=optimizer,
             planner=planner,
             memory=MemoryView(self._config, self._device, fixed_bytes=fixed_bytes),

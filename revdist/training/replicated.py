@@ -52,7 +52,10 @@ class Replicated:
     broadcast runs once per forward, and ranks may differ in how many forwards make a step.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, precision: str) -> None:
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, precision: str, *, gradient_as_bucket_view: bool = True
+    ) -> None:
+        """gradient_as_bucket_view: gradients lie in the buckets that are reduced; else they take memory beside them."""
         self.loss = SummedLoss(model, loss_fn, precision)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.compute_ended_s = 0.0
@@ -60,12 +63,24 @@ class Replicated:
         self._reduced: set[int] = set()
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
-        self._ddp = DistributedDataParallel(self.loss, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        for parameter in self.parameters:  # DDP makes them views of its buckets; later ones would come on top of those
+            parameter.grad = torch.zeros_like(parameter)
+        self._ddp = DistributedDataParallel(
+            self.loss, gradient_as_bucket_view=gradient_as_bucket_view, forward_sync_buffers=False
+        )
         self._reducing = False
 
     @property
     def model(self) -> nn.Module:
         return self.loss.model
+
+    @property
+    def rebuild_bytes(self) -> int:
+        """Bytes that DDP takes for a moment once it knows the order in which gradients come.
+
+        It lays out new buckets in that order beside the old ones, at the start of its second forward.
+        """
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
 
     @property
     def reduction_began(self) -> bool:

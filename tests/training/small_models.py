@@ -31,16 +31,19 @@ def couplings(depth: int, *, norm: bool = False, dropout: float = 0.0) -> Revers
 
 
 def classifier(
-    depth: int = 3, *, norm: bool = False, dropout: float = 0.0, trouble: nn.Module | None = None
+    depth: int = 3, *, norm: bool = False, dropout: float = 0.0, wide: bool = False, trouble: nn.Module | None = None
 ) -> nn.Module:
-    """Images (B, 1, H, W) to logits (B, CLASSES)."""
+    """Images (B, 1, H, W) to logits (B, CLASSES). wide: with more bytes of parameters than of activations."""
+    head: nn.Module = nn.Linear(CHANNELS, CLASSES)
+    if wide:
+        head = nn.Sequential(nn.Linear(CHANNELS, 20_000), nn.Linear(20_000, CLASSES))
     return nn.Sequential(
         nn.Conv2d(1, CHANNELS, 3, padding=1),
         trouble or nn.Identity(),
         couplings(depth, norm=norm, dropout=dropout),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(CHANNELS, CLASSES),
+        head,
     )
 
 
