@@ -35,15 +35,20 @@ class ShareKeeper:
         """None before every rank's first curve."""
 
     def take_curve(self, report: CurveReport) -> Shares | None:
-        """A rank's memory has changed: new shares if that makes them worth changing."""
+        """A rank can start, or its memory has changed: the first shares, or new ones where they are worth a change.
+
+        The first shares wait for every rank, but not for the solver: they are equal, unless they can never change.
+        """
         self._curves[report.rank] = report.curve
-        self._inverted[report.rank] = report.inverted
+        if report.inverted is not None:
+            self._inverted[report.rank] = report.inverted
         self._forget_times()
         if len(self._curves) < self._world_size:
             return None
         if self.shares is None:
-            return self._publish(self._best(), reason="start")
-        if not self._may_change:
+            first = equal_split(self._config.global_batch, self._world_size) if self._may_change else self._best()
+            return self._publish(first, reason="start")
+        if not self._may_change or not self._all_solved:
             return None
         best, now = self._best(), self.shares.by_rank
         gain = 1 - slowest_s(self._corrected(), best) / slowest_s(self._corrected(), now)
@@ -54,7 +59,11 @@ class ShareKeeper:
     def take_rows(self, rows: Sequence[Row]) -> Shares | None:
         """A step is done: new shares if measured times have called for them throughout a window."""
         assert self.shares is not None
-        if not self._may_change or any(row.generation != self.shares.generation for row in rows):
+        if (
+            not self._may_change
+            or not self._all_solved
+            or any(row.generation != self.shares.generation for row in rows)
+        ):
             return None
         for times, row in zip(self._times, rows, strict=True):
             times.append(row.compute_s)
@@ -74,8 +83,12 @@ class ShareKeeper:
         return self._publish(better.shares, reason="share")
 
     def gains(self) -> dict[str, float | str]:
-        """What the shares and schedules in force gain, as ratios of predicted step times."""
-        assert self.shares is not None
+        """What the shares and schedules in force gain, as ratios of predicted step times.
+
+        Empty where the run ended before every rank's plan was the solver's.
+        """
+        if self.shares is None or not self._all_solved:
+            return {}
         curves, inverted = self._in_order(self._curves), self._in_order(self._inverted)
         planned_s = max(slowest_s(curves, self.shares.by_rank), _LEAST_S)
         equal = equal_split(self._config.global_batch, self._world_size)
@@ -85,6 +98,11 @@ class ShareKeeper:
             "over_equal_split": max(slowest_s(curves, equal), _LEAST_S) / planned_s,
             "basis": "step times predicted from the profiles measured on these devices, at their last budgets",
         }
+
+    @property
+    def _all_solved(self) -> bool:
+        """Whether every rank's curve is the solver's, not that of a first plan."""
+        return len(self._inverted) == self._world_size
 
     @property
     def _may_change(self) -> bool:

@@ -7,6 +7,7 @@ boundary; a lock keeps the two apart.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Sequence
 from typing import final
@@ -15,6 +16,7 @@ from revdist.config import RunConfig
 from revdist.errors import BudgetTooSmall, format_bytes
 from revdist.planning.batch import StepTimeCurve, step_time_curve
 from revdist.planning.costs import Mode, Option, Plan, Profile
+from revdist.training.first_plan import first_curve
 
 _GIVE_WAY = 0.9
 """A plan that did not fit is followed by one that needs this part of its memory at most."""
@@ -45,7 +47,7 @@ class LocalPlanner:
         self._lock = threading.Lock()
         self._curve: StepTimeCurve | None = None
         self._mistrust_bytes = 0
-        self._minimum_bytes = max(step_peak_bytes, self._find_minimum())
+        self._step_peak_bytes = step_peak_bytes
         self.version = 0
         """Counts changes of the curve."""
         self.reason = "start"
@@ -66,13 +68,25 @@ class LocalPlanner:
         """The budget that plans are made for."""
         return self.curve.budget_bytes
 
-    @property
+    @functools.cached_property
     def minimum_bytes(self) -> int:
         """The least budget for which there is a plan."""
-        return self._minimum_bytes
+        try:
+            self._solve(self._profiles, 0)
+        except BudgetTooSmall as error:
+            return max(self._step_peak_bytes, error.minimum_bytes)
+        return self._step_peak_bytes
 
     def start(self, budget_bytes: int) -> StepTimeCurve:
-        """The first curve. Raises BudgetTooSmall where no plan fits."""
+        """The first curve, which does not wait for the solver where a simple schedule fits.
+
+        Raises BudgetTooSmall where no plan fits.
+        """
+        curve = first_curve(
+            self._profiles, budget_bytes, micro_batch=self._config.micro_batch, max_share=self._config.global_batch
+        )
+        if curve is not None:
+            return self._set(curve, "start")
         if budget_bytes < self.minimum_bytes:
             raise BudgetTooSmall(budget_bytes, self.minimum_bytes, where=self._device, remedy=self._remedy)
         return self.replan(budget_bytes, reason="start")
@@ -83,7 +97,8 @@ class LocalPlanner:
         Then memory may run out, but not for want of trying.
         """
         with self._lock:
-            return self._set(max(self.minimum_bytes, budget_bytes - self._mistrust_bytes), reason)
+            budget = max(self.minimum_bytes, budget_bytes - self._mistrust_bytes)
+            return self._set(self._solve(self._profiles, budget), reason)
 
     def give_way(self, plan: Plan, budget_bytes: int) -> StepTimeCurve:
         """Plan for clearly less than a plan that ran out of memory needs.
@@ -101,7 +116,7 @@ class LocalPlanner:
                     remedy=self._remedy,
                 )
             target = min(budget_bytes - self._mistrust_bytes, int(plan.schedule.need_bytes * _GIVE_WAY))
-            curve = self._set(max(self.minimum_bytes, target), "memory-lost")
+            curve = self._set(self._solve(self._profiles, max(self.minimum_bytes, target)), "memory-lost")
             self._mistrust_bytes = max(self._mistrust_bytes, budget_bytes - curve.budget_bytes)
             return curve
 
@@ -144,18 +159,11 @@ class LocalPlanner:
             return f"give the device that much more; {fixed}"
         return f"lower micro_batch, or give the device that much more; {fixed}"
 
-    def _set(self, budget_bytes: int, reason: str) -> StepTimeCurve:
-        self._curve = self._solve(self._profiles, budget_bytes)
+    def _set(self, curve: StepTimeCurve, reason: str) -> StepTimeCurve:
+        self._curve = curve
         self.version += 1
         self.reason = reason
-        return self._curve
-
-    def _find_minimum(self) -> int:
-        try:
-            self._solve(self._profiles, 0)
-        except BudgetTooSmall as error:
-            return error.minimum_bytes
-        return 0
+        return curve
 
     def _solve(self, profiles: Sequence[Profile], budget_bytes: int) -> StepTimeCurve:
         fixed = () if self._config.micro_batch is None else (self._config.micro_batch,)

@@ -118,10 +118,15 @@ class MemoryWatch:
             )
         return self._standing
 
+    def solve(self) -> None:
+        """Replace the first plan, which was made without the solver, by the best one."""
+        self._planner.replan(self._view.budget_bytes(), reason="profile")
+        self._replanned("profile")
+
     def _run(self) -> None:
-        while not self._ended.wait(self._every_s):
-            try:
+        try:
+            self.solve()
+            while not self._ended.wait(self._every_s):
                 self.look(time.monotonic())
-            except DeviceError as error:
-                self._lost(error)
-                return
+        except DeviceError as error:
+            self._lost(error)

@@ -111,7 +111,7 @@ class Replica:
             CurveReport(
                 rank=self._rank,
                 curve=trained.planner.curve,
-                inverted=trained.planner.inverted_curve(),
+                inverted=None if reason == "start" else trained.planner.inverted_curve(),
                 reason=reason,
                 num_steps=trained.parts.num_steps,
             )

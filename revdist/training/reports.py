@@ -72,8 +72,8 @@ class CurveReport:
 
     rank: int
     curve: StepTimeCurve
-    inverted: StepTimeCurve
-    """The same with INVERT wherever it exists, to compare with."""
+    inverted: StepTimeCurve | None
+    """The same with INVERT wherever it exists, to compare with; None with the first plan, made without the solver."""
     reason: str
     num_steps: int
     """Length of the run."""

@@ -22,7 +22,8 @@ def curve(sample_s: float) -> StepTimeCurve:
 
 
 def report(rank: int, sample_s: float, reason: str = "start") -> CurveReport:
-    return CurveReport(rank=rank, curve=curve(sample_s), inverted=curve(2 * sample_s), reason=reason, num_steps=9)
+    inverted = None if reason == "start" else curve(2 * sample_s)
+    return CurveReport(rank=rank, curve=curve(sample_s), inverted=inverted, reason=reason, num_steps=9)
 
 
 def keeper(**changes: Any) -> ShareKeeper:
@@ -36,18 +37,36 @@ def rows(shares: tuple[int, ...], seconds: tuple[float, ...], generation: int) -
 
 def started(*sample_s: float, **changes: Any) -> ShareKeeper:
     kept = keeper(**changes)
-    for rank, seconds in enumerate(sample_s):
-        kept.take_curve(report(rank, seconds))
+    for reason in ("start", "profile"):
+        for rank, seconds in enumerate(sample_s):
+            kept.take_curve(report(rank, seconds, reason))
     return kept
 
 
-def test_the_first_shares_wait_for_every_curve_and_follow_speed() -> None:
+def test_the_first_shares_wait_for_every_rank_and_not_for_the_solver() -> None:
     kept = keeper()
     assert kept.take_curve(report(1, 0.02)) is None
     assert kept.shares is None
     first = kept.take_curve(report(0, 0.01))
     assert first is not None
-    assert (first.generation, first.by_rank, first.reason) == (0, (40, 20), "start")
+    assert (first.generation, first.by_rank, first.reason) == (0, (30, 30), "start")
+    assert kept.gains() == {}
+
+
+def test_shares_follow_speed_once_every_rank_has_its_plan() -> None:
+    kept = keeper()
+    for rank in (0, 1):
+        kept.take_curve(report(rank, 0.01))
+    assert kept.take_curve(report(1, 0.02, "profile")) is None
+    following = kept.take_curve(report(0, 0.01, "profile"))
+    assert following is not None
+    assert (following.generation, following.by_rank, following.reason) == (1, (40, 20), "share")
+
+
+def test_shares_that_may_not_change_are_right_from_the_start() -> None:
+    kept = started(0.01, 0.02, replan={"shares": False})
+    assert kept.shares is not None
+    assert (kept.shares.generation, kept.shares.by_rank) == (0, (40, 20))
 
 
 def test_equal_shares_can_be_asked_for() -> None:

@@ -9,6 +9,7 @@ from replicas import run_config
 
 from revdist.errors import BudgetTooSmall
 from revdist.planning.costs import Mode, Option, Profile
+from revdist.training import local_planner
 from revdist.training.local_planner import LocalPlanner
 
 KIB = 1024
@@ -94,3 +95,22 @@ def test_the_inverted_curve_is_slower_where_there_is_room() -> None:
     local = planner()
     local.start(1000 * KIB)
     assert local.inverted_curve().step_s(4) > local.curve.step_s(4)
+
+
+def test_the_first_plan_is_the_fastest_or_the_thriftiest_without_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def solver(*_: Any, **__: Any) -> None:
+        raise AssertionError("the first plan waits for the solver")
+
+    monkeypatch.setattr(local_planner, "step_time_curve", solver)
+    rich, poor = planner(), planner()
+    rich.start(1000 * KIB)
+    poor.start(100 * KIB)
+    assert rich.plan(4, generation=0, reason="start").schedule.strip == "SSSS"
+    assert poor.plan(4, generation=0, reason="start").schedule.strip == "IIII"
+    assert poor.plan(4, generation=0, reason="start").schedule.need_bytes <= 100 * KIB
+
+
+def test_where_no_simple_plan_fits_the_solver_is_asked() -> None:
+    local = planner()
+    local.start(5 * KIB)  # less than the smaller of the two measured sizes needs
+    assert local.plan(4, generation=0, reason="start").micro_batch == 1
