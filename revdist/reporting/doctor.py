@@ -44,7 +44,8 @@ def _check_cluster(address: str) -> Finding:
     except UsageError as error:
         return Finding(name=name, status="fail", found=f"none at {address}", remedy=str(error))
     silent = [reading for reading in readings if not reading.usable]
-    found = f"{len({reading.host for reading in readings})} hosts, {len(readings)} devices at {address}"
+    num_hosts = len({reading.host for reading in readings})
+    found = f"{len(readings)} devices on {num_hosts} host{'' if num_hosts == 1 else 's'} at {address}"
     if silent:
         notes = "; ".join(reading.note for reading in silent)
         return Finding(name=name, status="fail", found=f"{found}, {len(silent)} unusable", remedy=notes)
