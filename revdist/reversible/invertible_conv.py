@@ -34,6 +34,9 @@ from revdist.errors import NotInvertible, UsageError
 from revdist.reversible.operator import ReversibleOperator
 from revdist.reversible.recorded import RecordedOperator
 
+_FREQUENCIES = 64
+"""Frequencies solved at a time."""
+
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
@@ -233,7 +236,12 @@ def _mix(x_BCN: Tensor, weight_OC: Tensor) -> Tensor:
 
 
 def _spectrum(kernel_OCkk: Tensor, height: int, width: int, num_columns: int) -> Tensor:
-    """One channel matrix per frequency of the circular convolution, (height * num_columns, O, C), complex.
+    """One channel matrix per frequency of the circular convolution, (height * num_columns, O, C), complex."""
+    return _at_frequencies(kernel_OCkk, _phases(kernel_OCkk, height, width, num_columns))
+
+
+def _phases(kernel_OCkk: Tensor, height: int, width: int, num_columns: int) -> Tensor:
+    """How each tap turns at each frequency, (height * num_columns, taps), complex.
 
     y[i] = sum_a w[a] x[i + a - p] has the spectrum sum_a w[a] exp(2 pi i u (a - p) / H) at frequency u.
     """
@@ -242,24 +250,31 @@ def _spectrum(kernel_OCkk: Tensor, height: int, width: int, num_columns: int) ->
     angle_Uk = torch.arange(height, device=offset_k.device)[:, None] * offset_k / height
     angle_Vk = torch.arange(num_columns, device=offset_k.device)[:, None] * offset_k / width
     angle_UVkk = 2 * math.pi * (angle_Uk[:, None, :, None] + angle_Vk[None, :, None, :])
-    phase_NT = torch.polar(torch.ones_like(angle_UVkk), angle_UVkk).flatten(2).flatten(0, 1)
-    taps_TM = kernel_OCkk.flatten(2).flatten(0, 1).T
-    spectrum_NM = phase_NT.to(kernel_OCkk.dtype.to_complex()) @ taps_TM.to(kernel_OCkk.dtype.to_complex())
-    return spectrum_NM.view(len(spectrum_NM), *kernel_OCkk.shape[:2])
+    phase_UVkk = torch.polar(torch.ones_like(angle_UVkk), angle_UVkk)
+    return phase_UVkk.view(height * num_columns, size * size).to(kernel_OCkk.dtype.to_complex())
+
+
+def _at_frequencies(kernel_OCkk: Tensor, phase_NT: Tensor) -> Tensor:
+    taps_TM = kernel_OCkk.flatten(2).flatten(0, 1).T.to(phase_NT.dtype)
+    return (phase_NT @ taps_TM).view(len(phase_NT), *kernel_OCkk.shape[:2])
 
 
 def _divide_frequencies(y_BOHW: Tensor, kernel_OCkk: Tensor) -> Tensor:
+    """Solve one linear system per frequency, a block of them at a time: matrices of all would outweigh activations."""
     height, width = y_BOHW.shape[-2:]
-    y_BONV = torch.fft.rfft2(y_BOHW)
-    spectrum_NOC = _spectrum(kernel_OCkk, height, width, y_BONV.shape[-1])
+    y_BOHV = torch.fft.rfft2(y_BOHW)
+    y_NOB = y_BOHV.flatten(2).permute(2, 1, 0)
+    phase_NT = _phases(kernel_OCkk, height, width, y_BOHV.shape[-1])
+    blocks = [slice(start, start + _FREQUENCIES) for start in range(0, len(phase_NT), _FREQUENCIES)]
     try:
-        x_NCB: Tensor = torch.linalg.solve(spectrum_NOC, y_BONV.flatten(2).permute(2, 1, 0))
+        solved = [torch.linalg.solve(_at_frequencies(kernel_OCkk, phase_NT[n]), y_NOB[n]) for n in blocks]
     except LinAlgError:
         raise NotInvertible(
             "a circular convolution has become singular at some frequency: lower the learning rate, "
             "decay its kernel towards the identity, or use padding='masked'"
         ) from None
-    x_BCHW: Tensor = torch.fft.irfft2(x_NCB.permute(2, 1, 0).reshape(*y_BONV.shape), s=(height, width))
+    x_NCB = torch.cat(solved)
+    x_BCHW: Tensor = torch.fft.irfft2(x_NCB.permute(2, 1, 0).reshape(y_BOHV.shape), s=(height, width))
     return x_BCHW
 
 
