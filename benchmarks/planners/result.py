@@ -46,12 +46,9 @@ class Result:
         """Write `name`.json and `name`.md; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{name}.json", folder / f"{name}.md"]
-        content = {
-            "about": self.about,
-            "goals": [dataclasses.asdict(goal) for goal in self.goals()],
-            "scores": [dataclasses.asdict(score) for score in self.scores],
-        }
-        paths[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        head = {"about": self.about, "goals": [dataclasses.asdict(goal) for goal in self.goals()]}
+        lines = ",\n".join(json.dumps(dataclasses.asdict(score)) for score in self.scores)
+        paths[0].write_text(f'{json.dumps(head, indent=1)[:-2]},\n "scores": [\n{lines}\n]}}\n', encoding="utf-8")
         paths[1].write_text(self._as_markdown(figure), encoding="utf-8")
         return paths
 
