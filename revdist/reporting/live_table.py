@@ -80,7 +80,7 @@ def _profiling(rank: RankState) -> RenderableType:
         return Text("starting", style="dim")
     done, total = rank.profiled
     grid = Table.grid(padding=(0, 1))
-    grid.add_row(Text("profiling", style="dim"), ProgressBar(total or 1, done, width=20), f"{done}/{total}")
+    grid.add_row(ProgressBar(total or 1, done, width=16), Text(f"{done}/{total}", style="dim"))
     return grid
 
 

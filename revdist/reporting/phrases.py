@@ -97,17 +97,6 @@ def _differences(plan: Plan, before: Plan | None) -> Sequence[str]:
     return changes or ("same schedule",)
 
 
-def runs_of(strip: str) -> str:
-    """A strip with its repetitions counted: `SSSII` reads `3 S, 2 I`."""
-    parts: list[tuple[str, int]] = []
-    for letter in strip:
-        if parts and parts[-1][0] == letter:
-            parts[-1] = (letter, parts[-1][1] + 1)
-        else:
-            parts.append((letter, 1))
-    return ", ".join(f"{count} {letter}" for letter, count in parts)
-
-
 def letters_used(strips: Sequence[str]) -> list[Mode]:
     """The modes that occur, in the order of `Mode`."""
     used = set().union(*map(set, strips)) if strips else set()

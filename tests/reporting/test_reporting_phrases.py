@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from revdist.planning.costs import Mode, Plan, Schedule
-from revdist.reporting.phrases import byte_unit, mode_counts, plan_change, rate, runs_of, seconds, time_unit
+from revdist.reporting.phrases import byte_unit, mode_counts, plan_change, rate, seconds, time_unit
 
 PLAN = Plan(
     generation=0,
@@ -50,7 +50,6 @@ def test_units_follow_the_largest_value() -> None:
 
 def test_strips_in_words() -> None:
     assert mode_counts("SSIIIRO") == "2 kept, 3 rebuilt, 1 recomputed, 1 offloaded"
-    assert runs_of("SSSIIS") == "3 S, 2 I, 1 S"
 
 
 def test_a_first_plan_says_what_it_runs() -> None:
