@@ -60,8 +60,13 @@ def learning_figure(history: RunHistory) -> Figure:
     with house_style():
         figure, (loss, speed) = new_figure([2.2, 2.0], share_x=True)
         times, lines = _over_time(history)
-        _loss(loss, times, lines)
-        _speed(speed, times, lines)
+        _curve(loss, times, _values(lines, "loss"), rank_color(0))
+        loss.set_title("Loss")
+        loss.set_ylabel("training loss")
+        _curve(speed, times, _values(lines, "samples_per_s"), rank_color(2))
+        speed.set_title("Throughput")
+        speed.set_ylabel("samples/s")
+        speed.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
         for axes in (loss, speed):
             _mark_replans(axes, history)
         speed.set_xlabel("seconds since the start")
@@ -98,23 +103,11 @@ def _values(lines: Sequence[Line], key: str) -> np.ndarray:
     return np.array([np.nan if line.get(key) is None else line[key] for line in lines], dtype=float)
 
 
-def _loss(axes: Axes, times: np.ndarray, lines: Sequence[Line]) -> None:
-    losses = _values(lines, "loss")
-    axes.plot(times, losses, color=rank_color(0), alpha=0.25, linewidth=1)
-    axes.plot(times, _smoothed(losses), color=rank_color(0))
-    axes.set_title("Loss")
-    axes.set_ylabel("training loss")
+def _curve(axes: Axes, times: np.ndarray, values: np.ndarray, color: str) -> None:
+    """Every value faintly, their running median over it."""
+    axes.plot(times, values, color=color, alpha=0.25, linewidth=1)
+    axes.plot(times, _smoothed(values), color=color)
     axes.set_ylim(bottom=0)
-
-
-def _speed(axes: Axes, times: np.ndarray, lines: Sequence[Line]) -> None:
-    rates = _values(lines, "samples_per_s")
-    axes.plot(times, rates, color=rank_color(2), alpha=0.25, linewidth=1)
-    axes.plot(times, _smoothed(rates), color=rank_color(2))
-    axes.set_title("Throughput")
-    axes.set_ylabel("samples/s")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
@@ -142,8 +135,7 @@ def _memory(axes: Axes, history: RunHistory, rank: int) -> None:
     axes.plot(times, free / size, ".", color=FREE, markersize=4, zorder=1)
     axes.step(adopted, budget / size, where="post", color=INK, linewidth=1.4)
     axes.step(adopted, need / size, where="post", color=color, linestyle=(0, (4, 2)), linewidth=1.3)
-    axes.plot(times, measured / size, color=color, alpha=0.25, linewidth=1)
-    axes.plot(times, _smoothed(measured) / size, color=color)
+    _curve(axes, times, measured / size, color)
     _mark_replans(axes, history, rank)
     axes.set_ylim(0, 1.2 * max([1.0, *free, *measured, *budget]) / size)
     axes.set_ylabel(unit)
