@@ -15,10 +15,13 @@ from revdist.reversible import find_chain
 from revdist.training.data import fetch
 from revdist.training.factories import call_factory, import_factory
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.slow if "revnet104" in path.stem else ())
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS)
 def test_a_configuration_trains(path: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
