@@ -48,6 +48,8 @@ def _own_cluster_environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Despite its name, this is what binds Ray to the loopback interface, on every system.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray's workers give way to every other process by default; training is what the machine is for.
+        "RAY_worker_niceness": "0",
     }
 
 
