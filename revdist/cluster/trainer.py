@@ -75,6 +75,7 @@ class Trainer:
         KeyboardInterrupt after saving on SIGINT.
         """
         run_dir = self._choose_run_dir()
+        self._check_batch()
         with ray_cluster(self.address, num_workers=self._num_workers()), stop_on_signals() as stop:
             try:
                 return self._fit(run_dir, stop)
@@ -163,6 +164,13 @@ class Trainer:
                 )
             )
         return assignments
+
+    def _check_batch(self) -> None:
+        """Raise BatchTooSmall before anything is started, where the devices are listed."""
+        if self.config.devices != "auto":
+            from revdist.planning.split import equal_split
+
+            equal_split(self.config.global_batch, len(self.config.devices))
 
     def _choose_run_dir(self) -> Path:
         """Absolute path of the run directory, which must hold a run to resume, or none."""

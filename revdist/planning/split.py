@@ -65,7 +65,7 @@ def _check(global_batch: int, num_replicas: int) -> None:
     if global_batch < num_replicas:
         raise BatchTooSmall(
             f"global_batch is {global_batch} for {num_replicas} replicas: raise it to {num_replicas} at least, "
-            f"or use {max(global_batch, 1)} replicas"
+            f"or use fewer replicas, {max(global_batch, 1)} at most"
         )
 
 

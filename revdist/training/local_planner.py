@@ -33,6 +33,7 @@ class LocalPlanner:
         *,
         rank: int,
         device: str,
+        device_name: str = "",
         fixed_bytes: int,
         step_peak_bytes: int,
     ) -> None:
@@ -44,6 +45,7 @@ class LocalPlanner:
         ]
         self._rank = rank
         self._device = device
+        self._device_name = device_name or device
         self._lock = threading.Lock()
         self._curve: StepTimeCurve | None = None
         self._mistrust_bytes = 0
@@ -88,7 +90,7 @@ class LocalPlanner:
         if curve is not None:
             return self._set(curve, "start")
         if budget_bytes < self.minimum_bytes:
-            raise BudgetTooSmall(budget_bytes, self.minimum_bytes, where=self._device, remedy=self._remedy)
+            raise BudgetTooSmall(budget_bytes, self.minimum_bytes, where=self._device_name, remedy=self._remedy)
         return self.replan(budget_bytes, reason="start")
 
     def replan(self, budget_bytes: int, *, reason: str) -> StepTimeCurve:
@@ -112,7 +114,7 @@ class LocalPlanner:
                 raise BudgetTooSmall(
                     min(budget_bytes, self.minimum_bytes - 1),
                     self.minimum_bytes,
-                    where=self._device,
+                    where=self._device_name,
                     remedy=self._remedy,
                 )
             target = min(budget_bytes - self._mistrust_bytes, int(plan.schedule.need_bytes * _GIVE_WAY))

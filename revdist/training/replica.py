@@ -149,6 +149,7 @@ class Replica:
             profiles,
             rank=self._rank,
             device=self._device.uuid,
+            device_name=self._device.name,
             fixed_bytes=fixed_bytes,
             step_peak_bytes=between_bytes,
         )
