@@ -89,7 +89,9 @@ def test_the_missing_samples_are_named() -> None:
 
 @pytest.mark.parametrize("divide", [split, lambda devices, batch: equal_split(batch, len(devices))])
 def test_fewer_samples_than_replicas_are_refused(divide) -> None:
-    with pytest.raises(BatchTooSmall, match="global_batch is 2 for 3 replicas: raise it to 3 at least, or use fewer replicas, 2 at"):
+    with pytest.raises(
+        BatchTooSmall, match="global_batch is 2 for 3 replicas: raise it to 3 at least, or use fewer replicas, 2 at"
+    ):
         divide([linear(1.0)] * 3, 2)
     with pytest.raises(UsageError, match="no replicas"):
         divide([], 2)
