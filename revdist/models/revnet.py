@@ -39,11 +39,13 @@ class RevNet(nn.Module):
         stem: nn.Module | None = None,
         in_channels: int = 3,
         bottleneck: bool = False,
+        grid: float | None = None,
     ) -> None:
         """Build from units per stage and filters of the stem and of each stage.
 
         `stem` maps the images to `filters[0]` channels; by default a 3x3 convolution, normalised.
-        Every stage but the first halves the resolution.
+        Every stage but the first halves the resolution. With a `grid` the reversible units invert
+        exactly: see `AdditiveCoupling`.
 
         Raises UsageError where the numbers do not fit each other.
         """
@@ -65,7 +67,8 @@ class RevNet(nn.Module):
             width = wider
             for unit in range(2, num_units + 1):
                 elements[f"stage{stage}_unit{unit}"] = AdditiveCoupling(
-                    *(residual(width // 2, width // 2, stride=1, bottleneck=bottleneck) for _ in range(2))
+                    *(residual(width // 2, width // 2, stride=1, bottleneck=bottleneck) for _ in range(2)),
+                    grid=grid,
                 )
         elements["head"] = classifier(width, num_classes)
         self.chain = ReversibleChain(elements)
@@ -155,29 +158,31 @@ def classifier(in_channels: int, num_classes: int) -> nn.Sequential:
     )
 
 
-def revnet38(num_classes: int = 10, in_channels: int = 3) -> RevNet:
+def revnet38(num_classes: int = 10, in_channels: int = 3, grid: float | None = None) -> RevNet:
     """RevNet-38 for 32x32 images: 0.46 million parameters."""
-    return RevNet((3, 3, 3), (32, 32, 64, 112), num_classes=num_classes, in_channels=in_channels)
+    return RevNet((3, 3, 3), (32, 32, 64, 112), num_classes=num_classes, in_channels=in_channels, grid=grid)
 
 
-def revnet110(num_classes: int = 10, in_channels: int = 3) -> RevNet:
+def revnet110(num_classes: int = 10, in_channels: int = 3, grid: float | None = None) -> RevNet:
     """RevNet-110 for 32x32 images: 1.73 million parameters."""
-    return RevNet((9, 9, 9), (32, 32, 64, 128), num_classes=num_classes, in_channels=in_channels)
+    return RevNet((9, 9, 9), (32, 32, 64, 128), num_classes=num_classes, in_channels=in_channels, grid=grid)
 
 
-def revnet164(num_classes: int = 10, in_channels: int = 3) -> RevNet:
+def revnet164(num_classes: int = 10, in_channels: int = 3, grid: float | None = None) -> RevNet:
     """RevNet-164 for 32x32 images, with bottlenecks: 1.75 million parameters."""
-    return RevNet((9, 9, 9), (32, 32, 64, 128), num_classes=num_classes, in_channels=in_channels, bottleneck=True)
+    return RevNet(
+        (9, 9, 9), (32, 32, 64, 128), num_classes=num_classes, in_channels=in_channels, bottleneck=True, grid=grid
+    )
 
 
-def revnet56(num_classes: int = 1000, in_channels: int = 3) -> RevNet:
+def revnet56(num_classes: int = 1000, in_channels: int = 3, grid: float | None = None) -> RevNet:
     """RevNet-56 for 224x224 images: 27.55 million parameters."""
-    return _imagenet((2, 2, 3, 2), num_classes, in_channels)
+    return _imagenet((2, 2, 3, 2), num_classes, in_channels, grid)
 
 
-def revnet104(num_classes: int = 1000, in_channels: int = 3) -> RevNet:
+def revnet104(num_classes: int = 1000, in_channels: int = 3, grid: float | None = None) -> RevNet:
     """RevNet-104 for 224x224 images: 45.43 million parameters, 13 reversible units."""
-    return _imagenet((2, 2, 11, 2), num_classes, in_channels)
+    return _imagenet((2, 2, 11, 2), num_classes, in_channels, grid)
 
 
 def revnet_digits(
@@ -187,6 +192,7 @@ def revnet_digits(
     filters: Sequence[int] = (32, 32, 64),
     in_channels: int = 1,
     scale: int = 2,
+    grid: float | None = None,
 ) -> RevNet:
     """A small RevNet for tiny gray images, enlarged `scale` times: about 0.1 million parameters.
 
@@ -194,12 +200,13 @@ def revnet_digits(
     step with 64 images peaks at 47 MiB when everything is saved and at 15 MiB when all it can is rebuilt.
     """
     stem = nn.Sequential(nn.Upsample(scale_factor=scale), *small_stem(in_channels, filters[0]))
-    return RevNet(units, filters, num_classes=num_classes, stem=stem)
+    return RevNet(units, filters, num_classes=num_classes, stem=stem, grid=grid)
 
 
-def _imagenet(units: Sequence[int], num_classes: int, in_channels: int) -> RevNet:
+def _imagenet(units: Sequence[int], num_classes: int, in_channels: int, grid: float | None) -> RevNet:
     filters = (128, 128, 256, 512, 832)
-    return RevNet(units, filters, num_classes=num_classes, stem=large_stem(in_channels, filters[0]), bottleneck=True)
+    stem = large_stem(in_channels, filters[0])
+    return RevNet(units, filters, num_classes=num_classes, stem=stem, bottleneck=True, grid=grid)
 
 
 def _activated_conv(in_channels: int, out_channels: int, size: int, *, stride: int = 1) -> tuple[nn.Module, ...]:

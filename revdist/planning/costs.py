@@ -96,7 +96,9 @@ class Profile:
     step_peak_bytes: int = 0
     """Most bytes the optimizer step needs on top of `fixed_bytes`."""
     reconstruction_error: tuple[float, ...] = ()
-    """Per operator: relative L2 error of its rebuilt input. Empty: not measured."""
+    """Per operator: relative L2 error of its input rebuilt from its exact output. Empty: not measured."""
+    error_growth: tuple[float, ...] = ()
+    """Per operator: by how much an error of its output grows in its rebuilt input. Empty: not measured, taken as 1."""
     device: str = ""
     """UUID or name of the device measured."""
     key: str = ""
@@ -117,7 +119,7 @@ class Profile:
         _check_seconds("the sum of base_s and every extra_s", slowest_s)
         if not isinstance(self.micro_batch, int) or self.micro_batch < 1:
             raise InvalidCosts(f"micro_batch must be a positive integer, not {self.micro_batch!r}")
-        for name in ("operator_names", "reconstruction_error"):
+        for name in ("operator_names", "reconstruction_error", "error_growth"):
             values = getattr(self, name)
             if values and len(values) != len(self.options):
                 raise InvalidCosts(f"{name} has {len(values)} entries for {len(self.options)} operators")
@@ -145,7 +147,7 @@ class Profile:
             tuple(_build(Option, option) for option in _list("options", choices))
             for choices in _list("options", fields.get("options"))
         )
-        for name in ("operator_names", "reconstruction_error"):
+        for name in ("operator_names", "reconstruction_error", "error_growth"):
             if name in fields:
                 fields[name] = tuple(_list(name, fields[name]))
         return _build(cls, fields)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from revdist.errors import BoundaryModified
+from revdist.reversible.grid import on_grid
 from revdist.reversible.offload import Fetched, Layout, Offload
-from revdist.reversible.operator import Streams
+from revdist.reversible.operator import Operator, Streams
 
 
 class Boundary:
@@ -57,6 +58,14 @@ class Exit:
     def available(self) -> Streams:
         """The output of the chain, which always is."""
         return self.boundary.read()
+
+
+def entering(streams: Streams, operator: Operator, before: Operator | None, dim: int) -> Streams:
+    """The streams as an operator takes them: joined or in halves, and on its grid if it has one."""
+    streams = converted(streams, operator.num_streams, dim)
+    if operator.grid is None or (before is not None and before.grid == operator.grid):
+        return streams
+    return tuple(on_grid(stream, operator.grid) for stream in streams)
 
 
 def converted(streams: Streams, num_streams: int, dim: int, *, first_size: int = 0) -> Streams:

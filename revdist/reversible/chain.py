@@ -15,7 +15,7 @@ from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[a
 
 from revdist.errors import UsageError
 from revdist.planning.costs import Mode, Schedule
-from revdist.reversible.boundary import Exit, converted
+from revdist.reversible.boundary import Exit, converted, entering
 from revdist.reversible.conditions import Ambience
 from revdist.reversible.demotion import LiveRecords
 from revdist.reversible.operator import Operator, Streams, operators_of
@@ -141,16 +141,16 @@ class ReversibleChain(nn.Module):
         return outputs[0] if len(outputs) == 1 else (outputs[0], outputs[1])
 
     def _run_plainly(self, inputs: Streams) -> Streams:
-        streams = inputs
+        streams, before = inputs, None
         for operator in self.operators:
-            streams = operator.forward(converted(streams, operator.num_streams, self.split_dim))
+            streams, before = operator.forward(entering(streams, operator, before, self.split_dim)), operator
         return converted(streams, len(inputs), self.split_dim)
 
     def _run(self, inputs: Streams) -> Streams:
         self._live.prune()
         streams, record, ambience = inputs, None, Ambience(inputs[0].device)
         for number, (operator, mode) in enumerate(zip(self.operators, self.schedule, strict=True)):
-            streams = converted(streams, operator.num_streams, self.split_dim)
+            streams = entering(streams, operator, None if record is None else record.operator, self.split_dim)
             record = self._start(operator, mode, streams, ambience, before=record)
             if self._observer is not None:
                 self._observer(Event("forward", number))

@@ -24,6 +24,7 @@ from revdist.errors import ReversibleError, UsageError
 from revdist.planning.costs import Mode
 from revdist.reversible.adapters import adapt
 from revdist.reversible.chain import ReversibleChain
+from revdist.reversible.grid import exact_below, on_grid
 from revdist.reversible.operator import ReversibleOperator, Streams
 from revdist.reversible.replay import inside_operator
 
@@ -64,7 +65,7 @@ def check(operator: nn.Module, sample: Tensor | tuple[Tensor, ...], *, tolerance
 
     operator: a ReversibleOperator, or any module with `forward` and `inverse`
     sample: an input as it occurs in training, a tensor or a pair; a tensor for an operator of two
-      halves is halved along dimension 1
+      halves is halved along dimension 1; for one with a grid it is rounded to the grid
     tolerance: largest relative error that counts as inverting; none: by the type of the sample
 
     What `forward` itself raises passes. Raises UsageError for a sample without floating-point values.
@@ -81,6 +82,8 @@ def check(operator: nn.Module, sample: Tensor | tuple[Tensor, ...], *, tolerance
     reversible = adapt(operator, num_streams=len(streams))
     if reversible.num_streams == 2 and len(streams) == 1:
         streams = tuple(streams[0].chunk(2, dim=1))
+    if (grid := getattr(operator, "grid", None)) is not None:
+        streams = tuple(on_grid(stream, grid) for stream in streams)
     examination = _Examination(reversible, streams, tolerance or TOLERANCES.get(streams[0].dtype, 1e-4))
     examination.run()
     return Check(
@@ -109,7 +112,9 @@ class _Examination:
         if rebuilt is None:
             return
         self.reconstruction_error = _distance(rebuilt, self.inputs)
-        if self.reconstruction_error > self.tolerance or math.isnan(self.reconstruction_error):
+        if problem := self._beyond_the_grid(_streams(outputs)):
+            self.problems.append(problem)
+        elif self.reconstruction_error > self.tolerance or math.isnan(self.reconstruction_error):
             self.problems.append(self._why_wrong())
         if self.deterministic and not self.problems:
             self._compare_gradients()
@@ -173,6 +178,20 @@ class _Examination:
         wanted = "one tensor" if expected == 1 else f"{expected} tensors"
         self.problems.append(f"{method} returns {_described(value)}, not {wanted}: set num_streams to what it takes")
         return False
+
+    def _beyond_the_grid(self, outputs: Streams) -> str:
+        """Why an operator with a grid is not exact for this sample; empty where it is."""
+        grid = getattr(self.operator, "grid", None)
+        if grid is None or self.reconstruction_error == 0:
+            return ""
+        largest = max(float(stream.abs().max()) for stream in (*self.inputs, *outputs))
+        limit = exact_below(grid, outputs[0].dtype)
+        if largest < limit:
+            return ""
+        return (
+            f"the sample leaves the range of its grid: values up to {largest:.3g}, exact below {limit:g} on multiples "
+            f"of {grid:g}; its rebuilt input is off by {self.reconstruction_error:.1e}; use a coarser one, or normalise"
+        )
 
     def _why_wrong(self) -> str:
         found = f"the rebuilt input is off by {self.reconstruction_error:.1e} (tolerance {self.tolerance:.0e})"

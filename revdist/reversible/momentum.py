@@ -27,13 +27,14 @@ gamma = 0 would be an ordinary residual network, which cannot be inverted.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 from revdist.errors import NotInvertible, UsageError
 from revdist.planning.costs import Mode
+from revdist.reversible.grid import Pass, check_grid, on_grid, rounded, whole
 from revdist.reversible.notes import noted
 from revdist.reversible.operator import Operator, ReversibleOperator, Streams
 from revdist.reversible.replay import Replay, is_inside_operator
@@ -64,8 +65,7 @@ class MomentumBlock(ReversibleOperator):
         self.grid = grid
         self.ratio: Fraction | None = None
         if grid is not None:
-            if grid <= 0 or Fraction(grid).numerator != 1 or Fraction(grid).denominator.bit_count() != 1:
-                raise UsageError(f"grid {grid} must be a power of two below one, such as 2 ** -12")
+            check_grid(grid)
             self.ratio = Fraction(gamma).limit_denominator(_MAX_DENOMINATOR)
             gamma = float(self.ratio)
             if gamma == 0:
@@ -77,7 +77,7 @@ class MomentumBlock(ReversibleOperator):
         if self.grid is None:
             v = torch.add(v * self.gamma, self.f(x), alpha=1 - self.gamma)
         else:
-            x = _Pass.apply(_rounded(x, self.grid), (1.0,), x)  # type: ignore[no-untyped-call]
+            x = on_grid(x, self.grid)
             v = self._exact(v, self.f(x).to(v.dtype))
         return x + v, v
 
@@ -90,7 +90,7 @@ class MomentumBlock(ReversibleOperator):
         if self.grid is None or self.ratio is None:
             return torch.sub(v, change, alpha=1 - self.gamma) / self.gamma
         remainder = noted(self, self._latest_remainder)
-        kept = _whole(v - _rounded(change.to(v.dtype) * (1 - self.gamma), self.grid), self.grid)
+        kept = whole(v - rounded(change.to(v.dtype) * (1 - self.gamma), self.grid), self.grid)
         quotient = kept.div_(self.ratio.numerator, rounding_mode="floor")
         return quotient.mul_(self.ratio.denominator).add_(remainder).to(v.dtype) * self.grid
 
@@ -98,13 +98,13 @@ class MomentumBlock(ReversibleOperator):
         assert self.grid is not None
         assert self.ratio is not None
         with torch.no_grad():
-            whole = _whole(v, self.grid)
+            steps = whole(v, self.grid)
             denominator = self.ratio.denominator
-            remainder = noted(self, lambda: whole.remainder(denominator).to(torch.uint8))
+            remainder = noted(self, lambda: steps.remainder(denominator).to(torch.uint8))
             self._latest = None if is_inside_operator() else remainder  # a chain keeps its own, for as long as needed
-            kept = whole.div_(denominator, rounding_mode="floor").mul_(self.ratio.numerator).to(v.dtype) * self.grid
-            after = kept + _rounded(change * (1 - self.gamma), self.grid)
-        passed: Tensor = _Pass.apply(after, (self.gamma, 1 - self.gamma), v, change)  # type: ignore[no-untyped-call]
+            kept = steps.div_(denominator, rounding_mode="floor").mul_(self.ratio.numerator).to(v.dtype) * self.grid
+            after = kept + rounded(change * (1 - self.gamma), self.grid)
+        passed: Tensor = Pass.apply(after, (self.gamma, 1 - self.gamma), v, change)  # type: ignore[no-untyped-call]
         return passed
 
     def _latest_remainder(self) -> Tensor:
@@ -124,6 +124,7 @@ class _Step(Operator):
 
     def __init__(self, name: str, block: MomentumBlock) -> None:
         super().__init__(name, num_streams=2, modes=(Mode.SAVE, Mode.INVERT, Mode.OFFLOAD))
+        self.grid = block.grid
         self._block = block
 
     @property
@@ -143,27 +144,3 @@ class _Step(Operator):
             change = self._block.f(replay.leaf(x, 0))
         with replay.inverting():
             return x, self._block.velocity(v, change)
-
-
-class _Pass(torch.autograd.Function):
-    """A value computed without a graph, as a linear function of its sources."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, factors: tuple[float, ...], *sources: Tensor) -> Tensor:
-        ctx.factors = factors
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        return None, None, *(grad * f if need else None for f, need in zip(ctx.factors, needed, strict=True))
-
-
-def _rounded(x: Tensor, grid: float) -> Tensor:
-    """The nearest multiple of the grid. Scaling by a power of two is exact."""
-    return (x.detach() / grid).round_().mul_(grid)
-
-
-def _whole(x: Tensor, grid: float) -> Tensor:
-    """How many grid steps; an integer type that holds all that the float type counts exactly."""
-    return (x / grid).round_().to(torch.int32 if x.dtype == torch.float32 else torch.int64)

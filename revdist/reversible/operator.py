@@ -37,6 +37,8 @@ class Operator(abc.ABC):
         """1: takes and returns the joined tensor; 2: the pair of halves."""
         self.modes = modes
         """Modes that the operator can take."""
+        self.grid: float | None = None
+        """To whose multiples the chain rounds the streams, unless the operator before leaves them there."""
         self.mutable_buffers = MutableBuffers()
         self.communication = Communication()
 

@@ -32,7 +32,7 @@ from revdist.reversible.meter import MemoryMeter
 from revdist.reversible.observation import Observation, Workload, observe_step
 from revdist.reversible.operator import Streams
 from revdist.reversible.preserved import preserved
-from revdist.reversible.reconstruction import reconstruction_errors
+from revdist.reversible.reconstruction import Reconstruction, reconstructions
 
 Progress = Callable[[int, int], None]
 """Called with the number of measured steps that are done, and their expected total."""
@@ -96,9 +96,9 @@ class _Profiler:
             for schedule in schedules:
                 self._observe(schedule)
         timed = self._observations[num_warm_up:]
-        errors = reconstruction_errors(self._work.chain, self._chain_inputs())
+        found = reconstructions(self._work.chain, self._chain_inputs())
         self._count(1)
-        return self._derive(timed, errors)
+        return self._derive(timed, found)
 
     def _fitting_schedules(self) -> Iterator[Modes]:
         """Schedules that together take every mode of every operator, each observed once."""
@@ -187,7 +187,7 @@ class _Profiler:
             hook.remove()
         return captured[0]
 
-    def _derive(self, timed: Sequence[Observation], errors: tuple[float, ...]) -> Profile:
+    def _derive(self, timed: Sequence[Observation], found: Sequence[Reconstruction]) -> Profile:
         chain, model = self._work.chain, self._work.model
         batch = _tensors(self._work.batch)
         outside_bytes = max(observation.outside_bytes for observation in self._observations)
@@ -204,7 +204,8 @@ class _Profiler:
             fixed_bytes=_storage_bytes(
                 [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
             ),
-            reconstruction_error=errors,
+            reconstruction_error=tuple(one.error for one in found),
+            error_growth=tuple(one.growth for one in found),
         )
 
 
