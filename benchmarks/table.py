@@ -9,6 +9,9 @@ import rich.box
 from rich.markup import escape
 from rich.table import Table as TerminalTable
 
+NAME_WIDTH = 40
+"""Columns that the names of rows get where the values beside them are words, which wrap better."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
@@ -25,7 +28,9 @@ class Table:
     def for_terminal(self) -> TerminalTable:
         table = TerminalTable(title=self.title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD)
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if number == 0 or self.words else "right")
+            left = number == 0 or self.words
+            width = NAME_WIDTH if number == 0 and self.words else None
+            table.add_column(column, justify="left" if left else "right", min_width=width, overflow="fold")
         for row in self.rows:
             table.add_row(*(self._styled(cell) for cell in row))
         return table

@@ -131,7 +131,7 @@ class _WithoutPosition(nn.Module):
 PLAIN = Subject(key="plain", label="plain autograd", distribution="torch", build=Plain)
 
 PEERS = (
-    Subject(key="checkpoint", label="torch.utils.checkpoint", distribution="torch", build=Checkpointed),
+    Subject(key="checkpoint", label="torch checkpoint", distribution="torch", build=Checkpointed),
     Subject(
         key="memcnn",
         label="memcnn",

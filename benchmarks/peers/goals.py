@@ -59,8 +59,12 @@ def _goals_of_one_depth(depth: int, rows: Mapping[str, Cost]) -> Iterator[Goal]:
 
     yield from goal("all-INVERT, time", invert.key, time, over="plain", limit=1.38)
     yield from goal("all-INVERT, time", invert.key, time, over="memcnn", limit=0.80)
-    slowest = max((row for key, row in rows.items() if key.startswith("revdist")), key=time)
+    ours = [key for key in rows if key.startswith("revdist")]
+    slowest = max((rows[key] for key in ours), key=time)
     yield from goal("slowest schedule, time", slowest.key, time, over="checkpoint", limit=1.0)
+    if "checkpoint" in rows:
+        equal = min((rows[key] for key in ours if peak(rows[key]) <= peak(rows["checkpoint"])), key=time)
+        yield from goal("fastest schedule in no more memory, time", equal.key, time, over="checkpoint", limit=1.0)
     yield from goal("all-SAVE, time", "revdist-save", time, over="plain", limit=1.03)
     if depth == DEPTH_OF_GOALS:
         yield from goal("all-INVERT, peak", invert.key, peak, over="plain", limit=0.16)
