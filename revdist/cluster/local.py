@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping
 
-from revdist.cluster.address import check_reachable
+from revdist.cluster.address import check_reachable, parse_address
 from revdist.errors import AddressUnreachable
 
 
@@ -71,8 +71,12 @@ def _start(num_workers: int) -> None:
 def _connect(address: str) -> None:
     if address != "auto":
         check_reachable(address)
+        _stay_on_loopback_where_ray_does(address)
     import ray
+    from ray._private.authentication import authentication_token_setup
 
+    # `ray start` asks for a token where this machine has one; `ray.init` sends it to `auto` alone.
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
@@ -81,6 +85,20 @@ def _connect(address: str) -> None:
             "or leave --address out for a local cluster",
             address=address,
         ) from error
+
+
+def _stay_on_loopback_where_ray_does(address: str) -> None:
+    """Ray takes a loopback address for the host's own, where a cluster that is on loopback alone does not listen."""
+    from ray._private import ray_constants, services
+
+    host, port = parse_address(address)
+    own = services.resolve_ip_for_localhost(host)
+    if own == host:
+        return
+    try:
+        check_reachable(f"{own}:{port}")
+    except AddressUnreachable:
+        ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def _disconnect() -> None:

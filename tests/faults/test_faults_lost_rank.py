@@ -76,6 +76,7 @@ def wait_for_steps(run_dir: Path, count: int, process: subprocess.Popen[bytes], 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_leaves_nothing_running_and_can_be_resumed(
     number: signal.Signals, exit_code: int, tmp_path: Path
