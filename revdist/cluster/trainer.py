@@ -44,7 +44,7 @@ class Result:
 class Trainer:
     """Trains one run, on its own local Ray cluster, a given one, or the one this process is connected to.
 
-    Takes a `RunConfig`, a nested mapping, or the same keys as keyword arguments.
+    Takes a `RunConfig` or a nested mapping, and the same keys as keyword arguments, which win.
     `address`: `auto` or `HOST:PORT` of a running Ray cluster; None: the Ray this process already uses,
     else a local cluster of its own, which is shut down at the end.
     `run_dir`: where the run is written; None: `runs/<name>-<time>` under the current folder.
@@ -61,7 +61,8 @@ class Trainer:
         resume: bool = False,
         **keys: Any,
     ) -> None:
-        self.config = config if isinstance(config, RunConfig) else RunConfig.from_mapping({**(config or {}), **keys})
+        given = config.model_dump(exclude_unset=True) if isinstance(config, RunConfig) else dict(config or {})
+        self.config = RunConfig.from_mapping({**given, **keys})
         self.observer = observer or Observer()
         self.address = address
         self.run_dir = run_dir

@@ -1,0 +1,54 @@
+"""What a Trainer is made from, and that naming the public names starts nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import settings
+
+import revdist
+from revdist.config import RunConfig
+from revdist.errors import CheckpointError, ConfigError
+
+
+def test_a_configuration_comes_as_an_object_a_mapping_or_keywords() -> None:
+    config = RunConfig.from_mapping(settings())
+    assert revdist.Trainer(config).config == config
+    assert revdist.Trainer(settings()).config == config
+    assert revdist.Trainer(**settings()).config == config
+    assert revdist.Trainer(config, seed=3).config.seed == 3
+    with pytest.raises(ConfigError, match="did you mean 'seed'"):
+        revdist.Trainer(config, sead=3)
+
+
+def test_resuming_needs_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="resume needs run_dir"):
+        revdist.Trainer(settings(), resume=True).fit()
+    with pytest.raises(CheckpointError, match="start the run without --resume"):
+        revdist.Trainer(settings(), resume=True, run_dir=tmp_path).fit()
+
+
+def test_a_url_for_checkpoints_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    trainer = revdist.Trainer(settings(checkpoint={"location": "s3://bucket/run"}), run_dir=tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="give a folder"):
+        trainer.fit()
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(revdist.__all__) <= set(dir(revdist))
+    for name in revdist.__all__:
+        assert getattr(revdist, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = revdist.no_such_name  # type: ignore[attr-defined]
+
+
+def test_importing_starts_nothing_and_loads_neither_torch_nor_ray() -> None:
+    script = """
+import sys, threading, revdist, revdist.cluster.trainer
+assert not {"torch", "ray", "pynvml"} & set(sys.modules), sorted({"torch", "ray", "pynvml"} & set(sys.modules))
+assert threading.active_count() == 1
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
