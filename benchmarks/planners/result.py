@@ -37,7 +37,7 @@ class Result:
 
     def tables(self) -> Iterator[Table]:
         yield _summary(self.scores)
-        yield _goal_table(self.goals())
+        yield goal_table(self.goals())
 
     def goals(self) -> list[Goal]:
         return list(_goals(self.scores))
@@ -172,7 +172,7 @@ def _limit_goal(
         )
 
 
-def _goal_table(goals: Sequence[Goal]) -> Table:
+def goal_table(goals: Sequence[Goal]) -> Table:
     return Table(
         title="Goals",
         columns=["goal", "wanted", "measured", ""],

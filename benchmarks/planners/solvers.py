@@ -96,22 +96,25 @@ class AllSave(Uniform):
 
 
 class Knapsack(Planner):
-    """SAVE or INVERT under one capacity, with the largest transient reserved, as in the paper."""
+    """SAVE or INVERT under one capacity, with the largest transient reserved, as in the paper.
+
+    Where an operator has no inverse, its second option stands for it.
+    """
 
     def __init__(self, chain: Chain, largest_budget: int) -> None:
         super().__init__(chain, largest_budget)
-        pairs = [(options[0], options[1]) for options in chain.profile.options]
+        self.pairs = pairs = [(options[0], options[1]) for options in chain.profile.options]
         self.reserve = max(max(save.working_bytes, invert.working_bytes) for save, invert in pairs)
         self.reserve += sum(invert.held_bytes for _, invert in pairs)
         self.weights = [save.held_bytes - invert.held_bytes for save, invert in pairs]
-        self.gains = [invert.extra_s for _, invert in pairs]
+        self.gains = [max(0.0, invert.extra_s - save.extra_s) for save, invert in pairs]
 
     def capacity(self, budget_bytes: int) -> int:
         return budget_bytes - self.chain.profile.outside_bytes - self.reserve
 
     def modes(self, saved: Sequence[int]) -> list[Mode]:
         chosen = set(saved)
-        return [Mode.SAVE if index in chosen else Mode.INVERT for index in range(self.chain.num_operators)]
+        return [self.pairs[index][index not in chosen].mode for index in range(self.chain.num_operators)]
 
 
 class PaperKnapsack(Knapsack):
@@ -129,7 +132,10 @@ class PaperKnapsack(Knapsack):
 
     def solve(self, budget_bytes: int) -> object | None:
         capacity = self.capacity(budget_bytes)
-        return self.frontier.best(capacity).modes if capacity >= 0 else None
+        if capacity < 0:
+            return None
+        chosen = self.frontier.best(capacity).modes
+        return self.modes([index for index, mode in enumerate(chosen) if mode is Mode.SAVE])
 
 
 class TorchKnapsack(Knapsack):
