@@ -4,6 +4,7 @@
     ├── UsageError (ValueError)       the caller asked for something that cannot be; exit code 2
     │   ├── ConfigError               a configuration key or value
     │   ├── BudgetTooSmall            no schedule fits: budget_bytes, minimum_bytes, missing_bytes
+    │   ├── AccuracyUnreachable       no schedule is as accurate as asked: operator, error, limit
     │   ├── InvalidCosts              options or profiles that are not costs
     │   ├── FactoryError              a model, data, loss or optimizer factory that cannot be imported or called
     │   ├── DataMissing               data that is not there
@@ -86,6 +87,14 @@ class BudgetTooSmall(UsageError):
             minimum_bytes=minimum_bytes,
             missing_bytes=missing,
         )
+
+
+class AccuracyUnreachable(UsageError):
+    """No schedule keeps the error of rebuilt activations within the limit."""
+
+    operator: str
+    error: float
+    limit: float
 
 
 class InvalidCosts(UsageError):

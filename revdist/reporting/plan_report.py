@@ -16,6 +16,7 @@ from revdist.reporting.plan_study import Study, study
 from revdist.reporting.plan_view import study_view
 from revdist.reporting.profile_files import read_profiles, write_profiles
 from revdist.sizes import parse_bytes
+from revdist.training.local_planner import accurate
 
 SUFFIXES = (".png", ".html")
 
@@ -109,7 +110,7 @@ def _study(
     if fixed_bytes is None:
         fixed_bytes = max(profile.fixed_bytes for profile in profiles)
     return study(
-        profiles,
+        accurate(profiles, config),
         budgets,
         devices=device_budgets(config, fixed_bytes),
         modes=[Mode(mode) for mode in config.planning.modes],

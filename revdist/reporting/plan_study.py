@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from revdist.errors import BudgetTooSmall, format_bytes
+from revdist.planning.accuracy import largest_error
 from revdist.planning.batch import candidates, interpolate
 from revdist.planning.costs import Mode, Profile, Schedule
 from revdist.planning.frontier import Frontier, solve
@@ -142,6 +143,21 @@ def one_more(found: Study) -> str:
     buys = f"save {seconds(saved_s)} ({saved_s / step_s:.1%})" if saved_s else "change nothing"
     rest = format_bytes(fastest_bytes - budget)
     return f"{place}{over}. One more {unit_name(more)} would {buys}; {rest} more would save all {seconds(now.extra_s)}."
+
+
+def accuracy(found: Study) -> str:
+    """How far rebuilt activations are from the originals; empty where that was not measured."""
+    profile = found.profile
+    if not profile.reconstruction_error:
+        return ""
+    most = largest_error(profile, found.all_invert.modes)
+    if most == 0:
+        return "Rebuilt activations equal the originals to the bit, under every schedule."
+    focus = largest_error(profile, found.focus.schedule.modes)
+    return (
+        f"Rebuilt activations are off by at most {focus:.1e} at {format_bytes(found.focus.budget_bytes)}, "
+        f"by {most:.1e} with INVERT wherever it may be."
+    )
 
 
 def unit_name(step: int) -> str:

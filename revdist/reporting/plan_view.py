@@ -10,7 +10,7 @@ from rich.text import Text
 
 from revdist.errors import format_bytes
 from revdist.reporting.phrases import letters_used, rate, seconds
-from revdist.reporting.plan_study import Study, best_batch, headline, letter, one_more
+from revdist.reporting.plan_study import Study, accuracy, best_batch, headline, letter, one_more
 from revdist.reporting.strips import Strip, legend
 
 
@@ -20,6 +20,8 @@ def study_view(found: Study) -> RenderableType:
     parts.append(Padding(legend(letters_used(strips)), (0, 0, 1, 1)))
     parts += [Text(_too_small(found, budget), style="yellow") for budget in found.too_small]
     parts.append(Text(one_more(found), style="bold"))
+    if sentence := accuracy(found):
+        parts.append(Text(sentence))
     return Group(*parts)
 
 

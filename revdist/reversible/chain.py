@@ -48,6 +48,8 @@ class ReversibleChain(nn.Module):
         self.split_dim = split_dim
         self._planned: tuple[tuple[nn.Module | None, ...], tuple[Operator, ...]] = ((), ())
         self._modes: tuple[Mode, ...] = ()
+        self.never_inverted: frozenset[int] = frozenset()
+        """Numbers of operators that are run again, not inverted, where `demote` releases what they hold."""
         self._live = LiveRecords()
         self._observer: Callable[[Event], None] | None = None
         self._last_event: Event | None = None
@@ -151,7 +153,8 @@ class ReversibleChain(nn.Module):
         streams, record, ambience = inputs, None, Ambience(inputs[0].device)
         for number, (operator, mode) in enumerate(zip(self.operators, self.schedule, strict=True)):
             streams = entering(streams, operator, None if record is None else record.operator, self.split_dim)
-            record = self._start(operator, mode, streams, ambience, before=record)
+            may_invert = number not in self.never_inverted
+            record = self._start(operator, mode, streams, ambience, before=record, may_invert=may_invert)
             if self._observer is not None:
                 self._observer(Event("forward", number))
             outputs = record.run(streams)
@@ -167,7 +170,14 @@ class ReversibleChain(nn.Module):
         return streams
 
     def _start(
-        self, operator: Operator, mode: Mode, inputs: Streams, ambience: Ambience, *, before: Record | None
+        self,
+        operator: Operator,
+        mode: Mode,
+        inputs: Streams,
+        ambience: Ambience,
+        *,
+        before: Record | None,
+        may_invert: bool,
     ) -> Record:
         record = Record(
             operator,
@@ -177,6 +187,7 @@ class ReversibleChain(nn.Module):
             before=before,
             split_dim=self.split_dim,
             shortage=self._live.demote,
+            may_invert=may_invert,
         )
         if before is not None:
             before.close(record)

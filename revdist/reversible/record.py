@@ -42,9 +42,9 @@ class Record:
     """One forward of one operator, and how its backward gets what it needs."""
 
     __slots__ = (
-        "__weakref__", "_after", "_before", "_conditions", "_first_size", "_handles", "_inputs", "_offload",
-        "_owned_ids", "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "linked", "mode",
-        "operator",
+        "__weakref__", "_after", "_before", "_conditions", "_first_size", "_handles", "_inputs", "_may_invert",
+        "_offload", "_owned_ids", "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "linked",
+        "mode", "operator",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +57,7 @@ class Record:
         before: Record | None,
         split_dim: int,
         shortage: Callable[[int], int],
+        may_invert: bool = True,
     ) -> None:
         self.operator = operator
         self.mode = mode
@@ -79,6 +80,7 @@ class Record:
         self._split_dim = split_dim
         self._first_size = 0
         self._shortage = shortage
+        self._may_invert = may_invert and Mode.INVERT in operator.modes
 
     def pack(self, tensor: Tensor) -> Handle | Owned:
         """Called by autograd with each tensor that the forward saves."""
@@ -282,7 +284,7 @@ class Record:
 
     def demote(self) -> None:
         """Drop what the record keeps, to be rebuilt by inverting or by running again from its inputs."""
-        if Mode.INVERT in self.operator.modes and self._outputs_will_be_there():
+        if self._may_invert and self._outputs_will_be_there():
             self.mode = Mode.INVERT
             self.boundary = None
         else:

@@ -14,6 +14,7 @@ from typing import final
 
 from revdist.config import RunConfig
 from revdist.errors import BudgetTooSmall, format_bytes
+from revdist.planning.accuracy import bounded, not_to_be_inverted
 from revdist.planning.batch import StepTimeCurve, step_time_curve
 from revdist.planning.costs import Mode, Option, Plan, Profile
 from revdist.training.first_plan import first_curve
@@ -37,11 +38,14 @@ class LocalPlanner:
         fixed_bytes: int,
         step_peak_bytes: int,
     ) -> None:
-        """step_peak_bytes: most bytes needed between two backwards, on top of `fixed_bytes`: no plan changes them."""
+        """step_peak_bytes: most bytes needed between two backwards, on top of `fixed_bytes`: no plan changes them.
+
+        Raises AccuracyUnreachable where every plan would be less accurate than is asked for.
+        """
         self._config = config
         self._profiles = [
             dataclasses.replace(_allowed(profile, config), fixed_bytes=fixed_bytes, step_peak_bytes=step_peak_bytes)
-            for profile in profiles
+            for profile in accurate(profiles, config)
         ]
         self._rank = rank
         self._device = device
@@ -59,6 +63,12 @@ class LocalPlanner:
     def fixed_bytes(self) -> int:
         """Bytes of the device that no plan changes."""
         return self._profiles[0].fixed_bytes
+
+    @property
+    def never_inverted(self) -> frozenset[int]:
+        """Operators that must not be inverted for accuracy, also when memory is short; empty without a limit."""
+        limited = self._config.planning.max_reconstruction_error is not None
+        return not_to_be_inverted(self._profiles[0]) if limited else frozenset()
 
     @property
     def curve(self) -> StepTimeCurve:
@@ -176,6 +186,15 @@ class LocalPlanner:
             micro_batches=fixed,
             guarantee=self._config.planning.guarantee,
         )
+
+
+def accurate(profiles: Sequence[Profile], config: RunConfig) -> Sequence[Profile]:
+    """The profiles with those options alone that are as accurate as the configuration asks for.
+
+    Raises AccuracyUnreachable where an operator has none.
+    """
+    limit = config.planning.max_reconstruction_error
+    return profiles if limit is None else bounded(profiles, limit)
 
 
 def _allowed(profile: Profile, config: RunConfig) -> Profile:

@@ -7,6 +7,7 @@ and an `Outbox`.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 import traceback
@@ -17,7 +18,9 @@ import torch.distributed as dist
 
 from revdist.devices.device import Device
 from revdist.errors import DeviceError, RevdistError, RunFailed
-from revdist.planning.costs import Profile
+from revdist.planning.accuracy import largest_error
+from revdist.planning.costs import Mode, Profile
+from revdist.planning.replay import uniform
 from revdist.training import checkpoint_files, group
 from revdist.training.evaluation import evaluate
 from revdist.training.local_planner import LocalPlanner
@@ -128,7 +131,8 @@ class Replica:
         sizes = ", ".join(str(profile.micro_batch) for profile in profiles)
         how = "from the cache" if profiling.num_cached == len(profiles) else "measured"
         seconds = time.perf_counter() - began_s
-        self._event("profile", f"micro-batches of {sizes} {how} in {seconds:.1f} s", seconds=seconds)
+        detail = f"micro-batches of {sizes} {how} in {seconds:.1f} s{_accuracy(profiles[-1])}"
+        self._event("profile", detail, seconds=seconds)
         return profiles
 
     def _lay_out(self, parts: Parts, profiles: tuple[Profile, ...]) -> Trained:
@@ -153,6 +157,7 @@ class Replica:
             fixed_bytes=fixed_bytes,
             step_peak_bytes=between_bytes,
         )
+        parts.chain.never_inverted = planner.never_inverted
         return Trained(
             config=self._config,
             rank=self._rank,
@@ -267,3 +272,9 @@ class Replica:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no message"
+
+
+def _accuracy(profile: Profile) -> str:
+    """What is known of how far inverted activations are from the originals."""
+    error = largest_error(profile, uniform(profile, Mode.INVERT).modes)
+    return f"; inverting all that can be is off by {error:.1e} at most" if 0 < error < math.inf else ""

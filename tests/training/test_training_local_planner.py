@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -114,3 +115,26 @@ def test_where_no_simple_plan_fits_the_solver_is_asked() -> None:
     local = planner()
     local.start(5 * KIB)  # less than the smaller of the two measured sizes needs
     assert local.plan(4, generation=0, reason="start").micro_batch == 1
+
+
+def test_runs_of_invert_obey_the_limit_from_the_start_on() -> None:
+    errors = {"reconstruction_error": (1e-3,) * 4, "error_growth": (1.0,) * 4}
+    profiles = [dataclasses.replace(profile(size), **errors) for size in (1, 4)]
+    config = run_config(planning={"max_reconstruction_error": 2e-3})
+    local = LocalPlanner(config, profiles, rank=0, device="CPU-0", fixed_bytes=0, step_peak_bytes=0)
+    local.start(local.minimum_bytes)
+    assert local.plan(1, generation=0, reason="start").schedule.strip == "ISII"
+    local.replan(0, reason="memory-lost")
+    assert local.plan(1, generation=0, reason="memory-lost").schedule.strip == "ISII"
+    assert local.inverted_curve().choice(1).schedule.strip == "ISII"
+    assert local.never_inverted == {1}
+
+
+def test_with_a_limit_an_error_that_nobody_measured_is_not_risked() -> None:
+    local = planner(planning={"max_reconstruction_error": 1.0, "schedule": "invert"})
+    local.start(1000 * KIB)
+    assert local.plan(4, generation=0, reason="start").schedule.strip == "SSSS"
+
+
+def test_without_a_limit_everything_may_be_inverted_when_memory_is_short() -> None:
+    assert planner().never_inverted == frozenset()
