@@ -146,16 +146,16 @@ def one_more(found: Study) -> str:
 
 
 def accuracy(found: Study) -> str:
-    """How far rebuilt activations are from the originals; empty where that was not measured."""
+    """How far inverted activations are from the originals; empty where that was not measured."""
     profile = found.profile
-    if not profile.reconstruction_error:
+    if not profile.reconstruction_error or Mode.INVERT not in found.all_invert.modes:
         return ""
     most = largest_error(profile, found.all_invert.modes)
     if most == 0:
-        return "Rebuilt activations equal the originals to the bit, under every schedule."
+        return "Inverted activations equalled the originals to the bit when they were measured."
     focus = largest_error(profile, found.focus.schedule.modes)
     return (
-        f"Rebuilt activations are off by at most {focus:.1e} at {format_bytes(found.focus.budget_bytes)}, "
+        f"Inverted activations are off by at most {focus:.1e} at {format_bytes(found.focus.budget_bytes)}, "
         f"by {most:.1e} with INVERT wherever it may be."
     )
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from sample_profiles import KIB, profile
 
@@ -8,6 +10,7 @@ from revdist.planning.costs import Mode
 from revdist.planning.replay import replay
 from revdist.reporting.plan_study import (
     REACH,
+    accuracy,
     best_batch,
     letter,
     one_more,
@@ -103,3 +106,14 @@ def test_the_best_batch_is_the_fastest_point() -> None:
 
 def test_budgets_are_lettered() -> None:
     assert [letter(index) for index in (0, 25, 26)] == ["a", "z", "27"]
+
+
+def test_the_accuracy_of_the_schedule_in_focus_and_of_the_least_accurate_one() -> None:
+    errors = tuple(0.0 if index % 4 == 0 else 1e-3 for index in range(12))
+    measured = dataclasses.replace(profile(), reconstruction_error=errors)
+    assert accuracy(study([measured], [2**30])) == (
+        "Inverted activations are off by at most 0.0e+00 at 1.0 GiB, by 3.0e-03 with INVERT wherever it may be."
+    )
+    exact = dataclasses.replace(profile(), reconstruction_error=(0.0,) * 12)
+    assert "to the bit" in accuracy(study([exact]))
+    assert accuracy(study([profile()])) == ""
