@@ -49,7 +49,7 @@ EXECUTED_METHOD = (
     "within a round. Peaks are those of the CPU device's ledger over parameters and gradients, the batch included. "
     "Knapsack planners choose SAVE or INVERT, or RECOMPUTE where an operator has no inverse."
 )
-ROUNDS, QUICK_ROUNDS = 15, 3
+ROUNDS, QUICK_ROUNDS = 9, 2
 PARTS = ("solved", "executed")
 
 
