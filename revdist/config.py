@@ -91,6 +91,7 @@ class PlanningConfig(Section):
     profile_repeats: int = pydantic.Field(5, ge=1)
     profile_cache: bool = True
     max_reconstruction_error: float | None = pydantic.Field(None, gt=0)
+    """Largest relative error of an activation rebuilt by INVERT; none: not limited."""
 
 
 class ReplanConfig(Section):
