@@ -163,8 +163,9 @@ def _rounds(options: argparse.Namespace, depth: int) -> int:
 
 
 def _write(result: Result, folder: Path, console: Console) -> None:
-    figure = folder / "reversible.png" if result.costs else None
-    paths = result.write(folder, "reversible", figure=figure.name if figure else "")
+    name = f"reversible-{result.about['date'][:10]}"
+    figure = folder / f"{name}.png" if result.costs else None
+    paths = result.write(folder, name, figure=figure.name if figure else "")
     if figure:
         draw(result.costs, figure)
         paths.append(figure)

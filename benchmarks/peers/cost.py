@@ -35,7 +35,7 @@ class Case:
     schedule: Sequence[str] = ()
     """Modes that the model's chain is given before each step; empty: it has no chain."""
     budget_bytes: int | None = None
-    """What the schedule was planned for."""
+    """What the schedule was planned for, gradients included."""
     predicted_ratio: float | None = None
     """Step time over that of all-SAVE, as planned."""
     predicted_peak_bytes: int | None = None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks.peers.cost import Case, batch, loss_of
-from benchmarks.peers.networks import Couplings
+from benchmarks.peers.networks import Couplings, parameters
 from revdist.devices import MemoryMeter
 from revdist.planning.costs import Mode
 from revdist.planning.frontier import solve
@@ -29,19 +29,21 @@ def planned_cases(
     )
     frontier = solve(profile)
     low, high = frontier.minimum_bytes, frontier.maximum_bytes
+    # Profiles take gradients to be there already; a step here makes them, at most all of them before its peak.
+    gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters(network))
     cases = []
     for number in range(1, NUM_BUDGETS + 1):
         budget_bytes = low + (high - low) * number // (NUM_BUDGETS + 1)
         schedule = frontier.best(budget_bytes)
         case = Case(
             key=f"revdist-budget-{number}",
-            label=f"revdist, planned for {budget_bytes / 2**20:.0f} MiB",
+            label=f"revdist, planned for {(budget_bytes + gradient_bytes) / 2**20:.0f} MiB",
             model=chain,
             network=network,
             schedule=schedule.modes,
-            budget_bytes=budget_bytes,
+            budget_bytes=budget_bytes + gradient_bytes,
             predicted_ratio=1.0 + schedule.extra_s / profile.base_s,
-            predicted_peak_bytes=schedule.need_bytes,
+            predicted_peak_bytes=schedule.need_bytes + gradient_bytes,
         )
         cases.append(case)
     return cases
