@@ -36,7 +36,7 @@ def draw(costs: Sequence[Cost], path: Path) -> None:
 def _draw_depth(axes: Axes, costs: Sequence[Cost]) -> None:
     ours = sorted((cost for cost in costs if cost.key.startswith("revdist")), key=lambda cost: cost.peak_bytes)
     axes.plot([_x(cost) for cost in ours], [cost.time_ratio for cost in ours], "o-", color=OURS, label="revdist")
-    _name(axes, ours[0], "all INVERT", (0, 8), "left")
+    _name(axes, ours[0], "all INVERT", (-4, -14), "left")
     _name(axes, ours[-1], "all SAVE", (-9, -5), "right")
     others = [cost for cost in costs if cost not in ours]
     for cost, marker, color in zip(others, MARKERS, (INK, MUTED, *RANK_COLORS[1:]), strict=False):
