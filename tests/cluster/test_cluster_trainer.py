@@ -61,15 +61,6 @@ def test_a_run_tells_and_writes_everything_and_leaves_ray_as_it_was(tmp_path: Pa
     assert all_cores_are_free()
 
 
-def test_measured_peaks_stay_within_what_was_predicted(tmp_path: Path) -> None:
-    watcher = Watcher()
-    fit(tmp_path, watcher, data={"factory": "small_models:images", "kwargs": {"num_samples": 120}}, global_batch=40)
-    for step in watcher.steps[2:]:
-        for rank in step["ranks"]:
-            assert rank["peak_bytes"] <= rank["predicted_peak_bytes"] * 1.02
-            assert rank["predicted_peak_bytes"] < 64 * 2**20
-
-
 def test_memory_that_a_neighbour_takes_and_gives_back_is_met_live_without_losing_a_step(tmp_path: Path) -> None:
     watcher = Watcher()
     fit(
@@ -87,6 +78,8 @@ def test_memory_that_a_neighbour_takes_and_gives_back_is_met_live_without_losing
     assert "memory-lost" in reasons
     assert "memory-gained" in reasons[reasons.index("memory-lost") :]
     assert [step["step"] for step in watcher.steps] == list(range(1, 101))
+    for step in watcher.steps:
+        assert all(rank["peak_bytes"] <= rank["predicted_peak_bytes"] * 1.02 for rank in step["ranks"])
     lost = next(plan for plan in watcher.plans if plan.reason == "memory-lost")
     assert lost.schedule.strip.count("I") > watcher.plans[0].schedule.strip.count("I")
 
@@ -128,9 +121,10 @@ def test_a_loss_that_is_not_finite_names_step_rank_and_samples(tmp_path: Path) -
 
 
 def test_a_run_directory_is_not_overwritten(tmp_path: Path) -> None:
-    fit(tmp_path, epochs=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(ConfigError, match="already holds a run"):
-        fit(tmp_path, epochs=1)
+        fit(tmp_path)
 
 
 def test_a_run_resumes_from_its_newest_checkpoint(tmp_path: Path) -> None:
