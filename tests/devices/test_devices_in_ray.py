@@ -29,6 +29,7 @@ def _hold_in_an_actor(env: dict[str, str], uuid: str) -> tuple[dict[str, float],
             return open_device(uuid=uuid).read(), os.getpid()
 
     ray.init(
+        address="local",
         num_cpus=2,
         _node_ip_address="127.0.0.1",
         include_dashboard=False,
