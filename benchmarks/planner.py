@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.planners import executed_result
-from benchmarks.planners.executed import execute
+from benchmarks.planners.executed import NETWORKS, execute
 from benchmarks.planners.figure import draw
 from benchmarks.planners.result import Result
 from benchmarks.planners.study import study
@@ -49,7 +49,7 @@ EXECUTED_METHOD = (
     "within a round. Peaks are those of the CPU device's ledger over parameters and gradients, the batch included. "
     "Knapsack planners choose SAVE or INVERT, or RECOMPUTE where an operator has no inverse."
 )
-ROUNDS, QUICK_ROUNDS = 9, 2
+ROUNDS = 9
 PARTS = ("solved", "executed")
 
 
@@ -79,19 +79,30 @@ def _solve(options: argparse.Namespace, console: Console) -> None:
 def _execute(options: argparse.Namespace, console: Console) -> None:
     """What their plans cost when they are carried out."""
     with console.status("") as status:
-        executions = execute(QUICK_ROUNDS if options.quick else ROUNDS, status.update, compiled=options.compile)
+        executions = execute(options.rounds, status.update, compiled=options.compile)
     for table in executed_result.tables(executions):
         console.print(table.for_terminal())
-    about = provenance(DISTRIBUTIONS) | {"command": EXECUTED_COMMAND, "method": EXECUTED_METHOD}
+    about = provenance(DISTRIBUTIONS) | executed_about(options.rounds)
     paths = executed_result.write(executions, about, options.out, f"planner-executed-{about['date'][:10]}")
     console.print("written: " + ", ".join(str(path) for path in paths))
+
+
+def executed_about(rounds: int) -> dict[str, str]:
+    """How plans were carried out."""
+    batches = ", ".join(f"{batch} images for {name}" for name, (_, batch) in NETWORKS.items())
+    return {
+        "command": f"{EXECUTED_COMMAND} --rounds {rounds}",
+        "method": f"{EXECUTED_METHOD} Rounds: {rounds}; batches: {batches}.",
+    }
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="operators (default: 10 104 300 1000)")
-    parser.add_argument("--quick", action="store_true", help="carry plans out in fewer rounds")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help=f"steps of each plan carried out (default: {ROUNDS})"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile's memory budgets beside the plans carried out: minutes"
     )
