@@ -126,6 +126,7 @@ def test_no_step_of_a_run_takes_more_than_its_plan_predicts(name: str, schedule:
     )
     outcome = run_replicas([config], [(12,)], tmp_path)
     assert_no_failure(outcome)
-    (plan,) = (report.plan for report in outcome.of_kind(PlanReport))
+    plan, *later = (report.plan for report in outcome.of_kind(PlanReport))
+    assert all(each.schedule.modes == plan.schedule.modes for each in later)  # the solver's plan may come in time
     peaks = [step.rows[0].peak_bytes for step in outcome.steps()]
     assert max(peaks) <= plan.predicted_peak_bytes <= max(peaks) * 1.05 + 4 * KIB
