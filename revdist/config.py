@@ -64,6 +64,8 @@ class WorkersConfig(Section):
 
     min: int = pydantic.Field(1, ge=1)
     max: int | None = pydantic.Field(None, ge=1)
+    max_restarts: int = pydantic.Field(3, ge=0)
+    """Lost replicas that are replaced, over the whole run; those beyond stay lost."""
 
 
 class MemoryConfig(Section):
