@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +25,15 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from revdist.errors import CheckpointError
-from revdist.training.checkpoint_files import PROGRESS_FILE, Progress, checkpoint_path, checkpoints
+from revdist.planning.costs import Profile
+from revdist.training.checkpoint_files import (
+    PROFILES_FILE,
+    PROGRESS_FILE,
+    Progress,
+    checkpoint_path,
+    checkpoints,
+    profiles_to_json,
+)
 
 _INDEX = ".metadata"
 _INDEX_CLASSES = {
@@ -43,7 +52,9 @@ _INDEX_CLASSES = {
 }
 
 
-def save(folder: Path, state: dict[str, Tensor], progress: Progress, *, keep: int) -> Path:
+def save(
+    folder: Path, state: dict[str, Tensor], progress: Progress, *, keep: int, profiles: Sequence[Profile] = ()
+) -> Path:
     """Write a checkpoint into `folder`, then remove all but the newest `keep`.
 
     Raises CheckpointError where it cannot be written; earlier checkpoints are untouched then.
@@ -56,6 +67,7 @@ def save(folder: Path, state: dict[str, Tensor], progress: Progress, *, keep: in
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save_state(state, checkpoint_id=part, no_dist=True)
+        (part / PROFILES_FILE).write_text(profiles_to_json(profiles), encoding="utf-8")
         (part / PROGRESS_FILE).write_text(progress.to_json(), encoding="utf-8")
         shutil.rmtree(whole, ignore_errors=True)
         os.replace(part, whole)

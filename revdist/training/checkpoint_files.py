@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from revdist.errors import CheckpointError
+from revdist.errors import CheckpointError, InvalidCosts
+from revdist.planning.costs import Profile
 
 PROGRESS_FILE = "progress.json"
+PROFILES_FILE = "profiles.json"
 _NAME = re.compile(r"step-(\d{9})")
 
 
@@ -65,6 +68,19 @@ def read_progress(path: Path) -> Progress:
         return Progress.from_json((path / PROGRESS_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
+
+
+def profiles_to_json(profiles: Sequence[Profile]) -> str:
+    return json.dumps([json.loads(profile.to_json()) for profile in profiles])
+
+
+def read_profiles(path: Path) -> tuple[Profile, ...]:
+    """The profiles of the devices that trained; none where they cannot be read, since they can be measured again."""
+    try:
+        saved = json.loads((path / PROFILES_FILE).read_text(encoding="utf-8"))
+        return tuple(Profile.from_json(json.dumps(profile)) for profile in saved)
+    except (OSError, ValueError, TypeError, InvalidCosts):
+        return ()
 
 
 def check_same_run(progress: Progress, *, seed: int, global_batch: int, num_samples: int) -> None:

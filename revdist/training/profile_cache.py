@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch import nn
 
 from revdist.errors import InvalidCosts
 from revdist.planning.costs import Profile
+
+_KEY = re.compile(r"[0-9a-f]{32}")
 
 
 def cache_dir() -> Path:
@@ -55,7 +58,12 @@ def load_profile(key: str) -> Profile | None:
 
 
 def store_profile(profile: Profile) -> None:
-    """Keep a profile under its key, in one piece. A cache that cannot be written is not an error."""
+    """Keep a profile under its key, in one piece. A cache that cannot be written is not an error.
+
+    A key that `profile_key` did not make is not kept: it names the file, and may come from elsewhere.
+    """
+    if not _KEY.fullmatch(profile.key):
+        return
     folder = cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)

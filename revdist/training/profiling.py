@@ -40,6 +40,8 @@ class Profiling:
         self._device = device
         self.num_cached = 0
         """Profiles that came from the cache."""
+        self.known: tuple[Profile, ...] = ()
+        """After `pool`: one profile for every key that some rank has."""
 
     def profiles(self, sizes: tuple[int, ...], progress: Progress) -> tuple[Profile, ...]:
         """Profiles at these micro-batch sizes, smallest first.
@@ -64,7 +66,9 @@ class Profiling:
         """
         everyone: list[list[Profile]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, list(own))
-        pool = pooled(own, [profile for profiles in everyone for profile in profiles])
+        measured = [profile for profiles in everyone for profile in profiles]
+        self.known = pooled(list({profile.key: profile for profile in measured}.values()), measured)
+        pool = pooled(own, measured)
         if self._config.planning.profile_cache and self.num_cached < len(own):
             for profile in pool:
                 store_profile(profile)

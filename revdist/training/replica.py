@@ -21,7 +21,7 @@ from revdist.errors import DeviceError, RevdistError, RunFailed
 from revdist.planning.accuracy import largest_error
 from revdist.planning.costs import Mode, Profile
 from revdist.planning.replay import uniform
-from revdist.training import checkpoint_files, group
+from revdist.training import group
 from revdist.training.evaluation import evaluate
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.local_step import LocalStep
@@ -33,8 +33,8 @@ from revdist.training.parts import Parts, build_parts
 from revdist.training.profiling import Profiling, sizes_to_profile
 from revdist.training.replicated import Replicated
 from revdist.training.reports import CurveReport, EndReport, EventReport, FailureReport, Outbox, ProfileReport, Score
+from revdist.training.saving import Saver
 from revdist.training.shortage import explain_shortage
-from revdist.training.state import load_training_state, send_state, training_state
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Replica:
         self._inbox = inbox
         self._outbox = outbox
         self._listener = listener
+        self._saver = Saver(assignment.config, assignment.checkpoints, self._event)
         self._step = 0
         self._loop: Loop | None = None
 
@@ -68,6 +69,7 @@ class Replica:
             self._live()
         except Exception as error:
             _log.debug("rank %d failed", self._rank, exc_info=True)
+            self._saver.close()
             self._outbox.put(self._failure(error))
         finally:
             self._outbox.close()
@@ -92,17 +94,21 @@ class Replica:
             watch.stop()
             self._loop.close()
         self._leave(trained)
+        self._saver.finish()
         self._outbox.put(EndReport(rank=self._rank, step=self._loop.step, stopped=not finished, score=score))
 
     def _prepare(self) -> Trained:
         """Everything that the steps work on; its curve is reported, so that shares can be chosen."""
         free_bytes = self._device.read().free_bytes
+        if self._assignment.resume:
+            self._saver.recall_profiles()
         try:
             parts = build_parts(self._config, self._device.torch_device)
             profiling = Profiling(self._config, parts.model, parts.loss_fn, parts.train, self._device)
             profiles = self._profile(profiling)
             group.join(self._assignment.rendezvous, kind=self._device.kind, listener=self._listener)
             trained = self._lay_out(parts, profiling.pool(profiles))
+            self._saver.remember(profiling.known)
         except torch.OutOfMemoryError as error:
             raise explain_shortage(self._config, self._device, free_bytes) from error
         trained.planner.start(trained.memory.budget_bytes())
@@ -143,7 +149,7 @@ class Replica:
             replicated, parts.chain, self._device, precision=self._config.precision, seed=self._config.seed
         )
         if self._assignment.resume:
-            self._resume(parts, optimizer)
+            self._step = self._saver.resume(parts, optimizer, rank=self._rank)
         meter = self._device.meter()
         between_bytes = max(step_peak_bytes(self._config.optimizer, parts.trainable, meter), replicated.rebuild_bytes)
         coming = coming_state_bytes(self._config.optimizer, parts.trainable) - state_bytes(optimizer)
@@ -169,26 +175,6 @@ class Replica:
             planner=planner,
             memory=MemoryView(self._config, self._device, fixed_bytes=fixed_bytes),
         )
-
-    def _resume(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
-        """Take up the state of the newest checkpoint: rank 0 reads it and sends it to the others."""
-        from revdist.training import checkpoint
-
-        step = [0]
-        if self._rank == 0:
-            newest = checkpoint_files.newest(self._assignment.checkpoints)
-            progress = checkpoint_files.read_progress(newest)
-            checkpoint_files.check_same_run(
-                progress,
-                seed=self._config.seed,
-                global_batch=self._config.global_batch,
-                num_samples=parts.order.num_samples,
-            )
-            load_training_state(parts.model, optimizer, checkpoint.read_state(newest))
-            step = [progress.step]
-        dist.broadcast_object_list(step, src=0)
-        send_state(parts.model, optimizer, source=0)
-        self._step = step[0]
 
     def _watch(self, trained: Trained, loop: Loop) -> MemoryWatch:
         def replanned(reason: str) -> None:
@@ -220,25 +206,15 @@ class Replica:
         )
 
     def _save(self, trained: Trained) -> None:
-        """Save the state at a step boundary that all ranks have reached; rank 0 writes it."""
-        from revdist.training import checkpoint  # seconds to import, which the first step need not wait for
-
+        """Save the state at a step boundary that all ranks have reached."""
         assert self._loop is not None
         shares = self._loop.shares
         trained.replicated.average_buffers(shares.by_rank[self._rank])
-        if self._rank != 0:
-            return
-        progress = checkpoint_files.Progress(
-            step=self._loop.step,
-            seed=self._config.seed,
-            global_batch=self._config.global_batch,
-            num_samples=trained.parts.order.num_samples,
-            generation=shares.generation,
-            shares=shares.by_rank,
+        plans: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(plans, self._loop.plan)
+        self._saver.save(
+            trained.parts, trained.optimizer, step=self._loop.step, rank=self._rank, shares=shares, plans=plans
         )
-        state = training_state(trained.parts.model, trained.optimizer)
-        path = checkpoint.save(self._assignment.checkpoints, state, progress, keep=self._config.checkpoint.keep)
-        self._event("checkpoint", str(path))
 
     def _leave(self, trained: Trained) -> None:
         """Leave the group together: rank 0 hosts the store that the others still talk to."""
