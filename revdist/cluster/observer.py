@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 if TYPE_CHECKING:
     from revdist.devices.reading import Reading
@@ -29,6 +29,12 @@ class Observer:
     def on_plan(self, plan: Plan, free_bytes: int) -> None:
         """A rank adopted a plan; `free_bytes` is what its device had free at that time."""
 
+    def on_regroup(self, devices: Sequence[Reading]) -> None:
+        """Replicas were lost or joined: one reading per rank, in their new order. A plan per rank follows."""
+
+    def on_log(self, rank: int, text: str) -> None:
+        """What the process of a rank printed: whole lines."""
+
     def on_step(self, metrics: Mapping[str, Any]) -> None:
         """A step is done: one line of metrics.jsonl (`revdist.training.run_directory`)."""
 
@@ -37,3 +43,43 @@ class Observer:
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
         """The run is done: what summary.json holds."""
+
+
+@final
+class Observers(Observer):
+    """Several observers as one, told in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def on_start(self, run_dir: Path, devices: Sequence[Reading]) -> None:
+        for observer in self._observers:
+            observer.on_start(run_dir, devices)
+
+    def on_profile(self, rank: int, device: str, done: int, total: int) -> None:
+        for observer in self._observers:
+            observer.on_profile(rank, device, done, total)
+
+    def on_plan(self, plan: Plan, free_bytes: int) -> None:
+        for observer in self._observers:
+            observer.on_plan(plan, free_bytes)
+
+    def on_regroup(self, devices: Sequence[Reading]) -> None:
+        for observer in self._observers:
+            observer.on_regroup(devices)
+
+    def on_log(self, rank: int, text: str) -> None:
+        for observer in self._observers:
+            observer.on_log(rank, text)
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        for observer in self._observers:
+            observer.on_step(metrics)
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        for observer in self._observers:
+            observer.on_event(event)
+
+    def on_end(self, summary: Mapping[str, Any]) -> None:
+        for observer in self._observers:
+            observer.on_end(summary)

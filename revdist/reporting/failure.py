@@ -1,64 +1,23 @@
-"""An error as a person can use it: at most five lines, what went wrong first, the remedy last."""
+"""An error as it is shown on a terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.text import Text
 
-from revdist.errors import Preempted, RevdistError
-
-MAX_LINES = 5
-
-
-def failure_lines(error: BaseException) -> list[str]:
-    """What, value, limit and remedy of an error, a line each, `MAX_LINES` at most.
-
-    A failed run says first which rank failed and on which host. Clauses that an error joins with
-    semicolons, several wrong keys for example, become lines of their own.
-    """
-    if not isinstance(error, RevdistError):
-        return [
-            f"{type(error).__name__}: {_first_line(error)}",
-            "this is a bug in revdist: --traceback shows where",
-        ]
-    clauses = [clause.strip() for clause in str(error).replace("\n", "; ").split("; ") if clause.strip()]
-    where = _where(error)
-    lines = [f"{where}: {clauses[0]}" if where and clauses else where or (clauses or [type(error).__name__])[0]]
-    lines += clauses[1:]
-    told = str(error)
-    for fact in ("cause", "remedy"):
-        value = error.facts.get(fact)
-        if value and str(value) not in told:
-            lines.append(f"{fact}: {value}")
-    return _limit(lines)
+from revdist.cluster.failure_lines import failure_lines
+from revdist.errors import Preempted
 
 
 def failure_text(error: BaseException) -> Text:
-    first, *rest = failure_lines(error)
-    if isinstance(error, Preempted):  # told to stop, and did so in order
-        text = Text(first, style="yellow")
-    else:
-        text = Text.assemble(("error: ", "bold red"), (first, "bold"))
+    return lines_text(failure_lines(error), in_order=isinstance(error, Preempted))
+
+
+def lines_text(lines: Sequence[str], *, in_order: bool) -> Text:
+    """Lines about an ending. in_order: told to stop, and did so, which is no error."""
+    first, *rest = lines
+    text = Text(first, style="yellow") if in_order else Text.assemble(("error: ", "bold red"), (first, "bold"))
     for line in rest:
         text.append(f"\n  {line}")
     return text
-
-
-def _where(error: RevdistError) -> str:
-    """`rank 1 on host-b`, unless the message says it already."""
-    rank, host = error.facts.get("rank"), error.facts.get("host")
-    if rank is None or f"rank {rank}" in str(error):
-        return ""
-    return f"rank {rank} on {host}" if host else f"rank {rank}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
-
-
-def _limit(lines: list[str]) -> list[str]:
-    """Drop from the middle: the first lines name the failure, the last one the remedy."""
-    if len(lines) <= MAX_LINES:
-        return lines
-    hidden = len(lines) - MAX_LINES + 1
-    return [*lines[: MAX_LINES - 2], f"... and {hidden} more", lines[-1]]

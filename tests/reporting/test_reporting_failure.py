@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from revdist.cluster.failure_lines import MAX_LINES, failure_lines
 from revdist.errors import BudgetTooSmall, ConfigError, Preempted, RunFailed
-from revdist.reporting.failure import MAX_LINES, failure_lines, failure_text
+from revdist.reporting.failure import failure_text
 
 
 def test_a_failed_run_names_rank_host_cause_and_remedy() -> None:
