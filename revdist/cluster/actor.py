@@ -23,7 +23,7 @@ from revdist.errors import NoFreeDevice
 from revdist.training.network import listen
 
 if TYPE_CHECKING:
-    from revdist.training.orders import Assignment, Inbox, Shares
+    from revdist.training.orders import Assignment, Inbox, Regroup, Shares
     from revdist.training.replica import Replica
     from revdist.training.reports import Outbox, Report
 
@@ -91,6 +91,13 @@ class ReplicaActor:
         """Keep new shares until all ranks have them."""
         self._channels()[0].adopt(shares)
 
+    def regroup(self, order: Regroup) -> None:
+        """Form another group, at the next step boundary or at once, as the order says."""
+        self._channels()[0].regroup(order)
+
+    def answer(self) -> None:
+        """Say that this process is alive."""
+
     def stop(self, reason: str) -> None:
         """Save and leave at the next step boundary."""
         self._channels()[0].stop(reason)
@@ -123,8 +130,7 @@ class ReplicaActor:
         from revdist.training.replica import Replica
 
         assert self._device is not None
-        hosts_store = assignment.rendezvous.rank == 0
-        self._replica = Replica(assignment, self._device, *channels, self._listener if hosts_store else None)
+        self._replica = Replica(assignment, self._device, *channels, self._listener)
         self._replica.run()
 
     def _channels(self) -> tuple[Inbox, Outbox]:

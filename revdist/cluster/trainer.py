@@ -160,6 +160,7 @@ class Trainer:
                 Assignment(
                     config=self.config,
                     rendezvous=rendezvous,
+                    world_size=len(places),
                     checkpoints=self._checkpoint_folder(run_dir),
                     resume=self.resume,
                 )

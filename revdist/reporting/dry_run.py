@@ -33,12 +33,11 @@ def plans_for(
         LocalPlanner(
             config,
             profiles,
-            rank=rank,
             device=reading.name,
             fixed_bytes=fixed_bytes,
             step_peak_bytes=max(profile.step_peak_bytes for profile in profiles),
         )
-        for rank, reading in enumerate(readings)
+        for reading in readings
     ]
     curves = [
         planner.start(_budget(config, reading, fixed_bytes))
@@ -49,7 +48,8 @@ def plans_for(
     else:
         shares = split(curves, config.global_batch)
     return tuple(
-        planner.plan(share, generation=0, reason="start") for planner, share in zip(planners, shares, strict=True)
+        planner.plan(share, rank=rank, generation=0, reason="start")
+        for rank, (planner, share) in enumerate(zip(planners, shares, strict=True))
     )
 
 

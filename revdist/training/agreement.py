@@ -40,6 +40,11 @@ def next_generation(rows: Sequence[Row]) -> int:
     return min(row.newest_generation for row in rows)
 
 
+def next_group(rows: Sequence[Row]) -> int:
+    """The newest group that every rank has been told to form."""
+    return min(row.newest_group for row in rows)
+
+
 def mean_loss(rows: Sequence[Row]) -> float:
     """Mean loss per sample of the whole batch."""
     return sum(row.loss_sum for row in rows) / max(1, sum(row.samples for row in rows))

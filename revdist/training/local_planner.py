@@ -32,7 +32,6 @@ class LocalPlanner:
         config: RunConfig,
         profiles: Sequence[Profile],
         *,
-        rank: int,
         device: str,
         device_name: str = "",
         fixed_bytes: int,
@@ -47,7 +46,6 @@ class LocalPlanner:
             dataclasses.replace(_allowed(profile, config), fixed_bytes=fixed_bytes, step_peak_bytes=step_peak_bytes)
             for profile in accurate(profiles, config)
         ]
-        self._rank = rank
         self._device = device
         self._device_name = device_name or device
         self._lock = threading.Lock()
@@ -132,7 +130,7 @@ class LocalPlanner:
             self._mistrust_bytes = max(self._mistrust_bytes, budget_bytes - curve.budget_bytes)
             return curve
 
-    def plan(self, share: int, *, generation: int, reason: str) -> Plan:
+    def plan(self, share: int, *, rank: int, generation: int, reason: str) -> Plan:
         """How to run a share under the present curve."""
         with self._lock:
             curve = self.curve
@@ -140,7 +138,7 @@ class LocalPlanner:
         need = max(choice.schedule.need_bytes, self._profiles[0].step_peak_bytes)
         return Plan(
             generation=generation,
-            rank=self._rank,
+            rank=rank,
             device=self._device,
             share=share,
             micro_batch=choice.micro_batch,

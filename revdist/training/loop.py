@@ -1,15 +1,17 @@
 """The training loop of a replica: steps, the agreement that ends each, and what changes at the boundary.
 
 A step is taken by all ranks or by none. Its end is the only place where anything changes for all:
-the next generation of shares, a stop, a checkpoint. A replica's own schedule changes there too, but
-asks nobody.
+the next generation of shares, another group, a stop, a checkpoint. A replica's own schedule changes
+there too, but asks nobody.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -20,13 +22,13 @@ from revdist.config import RunConfig
 from revdist.devices.device import Device, MemoryMeter
 from revdist.errors import NonFiniteLoss
 from revdist.planning.costs import Plan
-from revdist.training.agreement import agree, mean_loss, must_redo, must_stop, next_generation
+from revdist.training.agreement import agree, mean_loss, must_redo, must_stop, next_generation, next_group
 from revdist.training.data import slice_of
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.local_step import LocalStep, Outcome
 from revdist.training.memory import MemoryView
 from revdist.training.optimizer import learning_rate_factor, set_learning_rate
-from revdist.training.orders import Inbox, Shares
+from revdist.training.orders import Inbox, Regroup, Shares
 from revdist.training.parts import Parts
 from revdist.training.replicated import Replicated
 from revdist.training.reports import EventReport, Outbox, PlanReport, StepReport
@@ -38,7 +40,6 @@ class Trained:
     """Everything that the steps of a replica work on."""
 
     config: RunConfig
-    rank: int
     device: Device
     parts: Parts
     replicated: Replicated
@@ -48,19 +49,38 @@ class Trained:
     memory: MemoryView
 
 
+class Pause(enum.Enum):
+    """Why the loop takes no further step."""
+
+    DONE = "the run is at its end"
+    STOPPED = "a rank was asked to leave"
+    REGROUP = "all ranks know of another group to form"
+
+
+_KEPT_REPORTS = 64
+"""Steps that a rank can report once more: the last ones of a rank that is lost may not have arrived."""
+
+
 @final
 class Loop:
     """Runs the steps of one replica."""
 
-    def __init__(self, trained: Trained, inbox: Inbox, outbox: Outbox, *, first: Shares, step: int) -> None:
+    def __init__(
+        self, trained: Trained, inbox: Inbox, outbox: Outbox, *, rank: int, first: Shares, step: int, group: int
+    ) -> None:
+        """step: taken by the run so far. group: number of the group that this rank is in."""
         self._t = trained
         self._inbox = inbox
         self._outbox = outbox
         self._meter: MemoryMeter = trained.device.meter()
         self._local = trained.local
+        self.rank = rank
         self.step = step
         """Steps taken by the run so far."""
         self.shares = first
+        self._group = group
+        self._saved_step = step
+        self._reports: deque[StepReport] = deque(maxlen=_KEPT_REPORTS)
         self._version = trained.planner.version
         self.plan = self._make_plan(reason=first.reason)
         self._adopt_plan(self.plan)
@@ -70,23 +90,54 @@ class Loop:
     @property
     def need_bytes(self) -> int:
         """Activation bytes of the plan that holds from the next step on."""
-        share = self.shares.by_rank[self._t.rank]
+        share = self.shares.by_rank[self.rank]
         return self._t.planner.curve.choice(share).schedule.need_bytes
 
-    def run(self, *, checkpoint: Callable[[], None]) -> bool:
-        """Take steps to the end of the run; False where a rank was told to stop before.
+    def run(self, *, checkpoint: Callable[[], None]) -> Pause:
+        """Take steps until something else is to be done.
 
-        Calls `checkpoint` at the boundaries where the configuration wants one.
+        Calls `checkpoint` at the boundaries where the configuration wants one. Where the group breaks, the
+        step under way is undone, and the loop can be run again in another group.
         """
-        every = self._t.config.checkpoint.every_steps
         while self.step < self._t.parts.num_steps:
+            if self._checkpoint_is_due:
+                checkpoint()
+                self._saved_step = self.step
             rows = self._take_step()
             self._adopt_generation(next_generation(rows))
             if must_stop(rows):
-                return False
-            if every is not None and self.step % every == 0 and self.step < self._t.parts.num_steps:
-                checkpoint()
-        return True
+                return Pause.STOPPED
+            if next_group(rows) > self._group:
+                return Pause.REGROUP
+        return Pause.DONE
+
+    @property
+    def reports(self) -> Sequence[StepReport]:
+        """The last steps, each known to every rank that took it."""
+        return tuple(self._reports)
+
+    def enter(self, order: Regroup, *, step: int, reports: Sequence[StepReport]) -> None:
+        """Go on in a group that has been formed, at the step that it agreed on.
+
+        reports: the last ones of the rank that was ahead. Those of a lost first rank may not have arrived,
+        so a new one reports them once more.
+        """
+        began_s, self._group = self._step_began_s, order.number
+        was_first = self.rank == 0
+        self.rank = order.rendezvous.rank
+        self.step = step
+        self._reports = deque(reports, maxlen=_KEPT_REPORTS)
+        self.shares = order.shares
+        self._adopt_plan(self._make_plan(reason=order.shares.reason))
+        self._pause_s += time.perf_counter() - began_s
+        if self.rank == 0 and not was_first:
+            for report in self._reports:
+                self._outbox.put(report)
+
+    @property
+    def _checkpoint_is_due(self) -> bool:
+        every = self._t.config.checkpoint.every_steps
+        return every is not None and self.step % every == 0 and self.step != self._saved_step
 
     def close(self) -> None:
         self._local.close()
@@ -95,12 +146,16 @@ class Loop:
         """One step, redone until all ranks could do their part."""
         while True:
             self._adopt_local_replan()
-            rows = self._attempt()
-            self._check_loss(rows)
+            try:
+                rows = self._attempt()
+                self._check_loss(rows)
+            except Exception:
+                self._local.restore_buffers()
+                raise
             if not must_redo(rows):
                 break
             self._local.restore_buffers()
-            self._pause_s += rows[self._t.rank].step_s
+            self._pause_s += rows[self.rank].step_s
         self._update()
         self._report(rows)
         return rows
@@ -108,7 +163,7 @@ class Loop:
     def _attempt(self) -> list[Row]:
         """Gradients of the whole batch, unless some rank's word in the rows says that they are not."""
         began_s = time.perf_counter()
-        order, rank = self._t.parts.order, self._t.rank
+        order, rank = self._t.parts.order, self.rank
         batch = order.batch(self.step)
         outcome = self._local.run(
             self._t.parts.train,
@@ -133,6 +188,7 @@ class Loop:
             failed=outcome.failed,
             stop=self._inbox.stop_reason is not None,
             newest_generation=self._inbox.newest_generation,
+            newest_group=self._inbox.newest_group,
             generation=self.shares.generation,
             share=self.plan.share,
             micro_batch=self.plan.micro_batch,
@@ -177,22 +233,22 @@ class Loop:
         now_s = time.perf_counter()
         step_s, self._step_began_s = now_s - self._step_began_s, now_s
         pause_s, self._pause_s = self._pause_s, 0.0
-        if self._t.rank != 0:
-            return
         order = self._t.parts.order
-        self._outbox.put(
-            StepReport(
-                time=time.time(),
-                step=self.step,
-                epoch=order.epoch(self.step - 1),
-                samples=order.samples_before(self.step),
-                loss=mean_loss(rows),
-                lr=self._t.optimizer.param_groups[0]["lr"],
-                step_s=step_s,
-                pause_s=pause_s,
-                rows=tuple(rows),
-            )
+        report = StepReport(
+            time=time.time(),
+            group=self._group,
+            step=self.step,
+            epoch=order.epoch(self.step - 1),
+            samples=order.samples_before(self.step),
+            loss=mean_loss(rows),
+            lr=self._t.optimizer.param_groups[0]["lr"],
+            step_s=step_s,
+            pause_s=pause_s,
+            rows=tuple(rows),
         )
+        self._reports.append(report)
+        if self.rank == 0:
+            self._outbox.put(report)
 
     def _adopt_generation(self, generation: int) -> None:
         if generation > self.shares.generation:
@@ -207,8 +263,8 @@ class Loop:
 
     def _make_plan(self, *, reason: str) -> Plan:
         self._version = self._t.planner.version
-        share = self.shares.by_rank[self._t.rank]
-        return self._t.planner.plan(share, generation=self.shares.generation, reason=reason)
+        share = self.shares.by_rank[self.rank]
+        return self._t.planner.plan(share, rank=self.rank, generation=self.shares.generation, reason=reason)
 
     def _adopt_plan(self, plan: Plan) -> None:
         self.plan = plan
@@ -228,7 +284,7 @@ class Loop:
             time=time.time(),
             step=self.step,
             kind=kind,
-            rank=self._t.rank,
+            rank=self.rank,
             device=self._t.device.uuid,
             detail=detail,
             facts=facts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import final
 
@@ -34,7 +35,10 @@ class Assignment:
     """What a replica is to do, and as whom."""
 
     config: RunConfig
-    rendezvous: Rendezvous
+    rendezvous: Rendezvous | None
+    """The group to start in; None: the run is under way, and the replica says when it is ready to join."""
+    world_size: int
+    """Replicas that the run is meant to have."""
     checkpoints: Path
     """Folder of the run's checkpoints; written by rank 0."""
     resume: bool
@@ -50,6 +54,19 @@ class Shares:
     reason: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Regroup:
+    """The order to leave the group and form another one with the ranks that there are now."""
+
+    number: int
+    """Counts the groups of a run; the first one is 0."""
+    rendezvous: Rendezvous
+    shares: Shares
+    """Those that hold in the new group."""
+    orderly: bool
+    """All ranks of the present group are alive and change at an agreed step boundary; else it is left at once."""
+
+
 @final
 class Inbox:
     """Orders in, from any thread; the training thread looks at them between steps."""
@@ -57,8 +74,11 @@ class Inbox:
     def __init__(self) -> None:
         self._shares: dict[int, Shares] = {}
         self._newest = -1
+        self._regroup: Regroup | None = None
         self._stop_reason: str | None = None
         self._changed = threading.Condition()
+        self.interrupt: Callable[[int], None] | None = None
+        """Called where a group must be left at once, with the number of the one to form."""
 
     def adopt(self, shares: Shares) -> None:
         """Keep shares until every rank has them."""
@@ -67,6 +87,16 @@ class Inbox:
             while self._newest + 1 in self._shares:
                 self._newest += 1
             self._changed.notify_all()
+
+    def regroup(self, order: Regroup) -> None:
+        """Keep the newest order to form another group."""
+        with self._changed:
+            if order.number <= self.newest_group:
+                return
+            self._regroup = order
+            self._changed.notify_all()
+        if not order.orderly and self.interrupt is not None:
+            self.interrupt(order.number)
 
     def stop(self, reason: str) -> None:
         """Save and leave at the next step boundary."""
@@ -78,6 +108,11 @@ class Inbox:
     def newest_generation(self) -> int:
         """Newest generation received with none missing before it; -1: none."""
         return self._newest
+
+    @property
+    def newest_group(self) -> int:
+        """Number of the newest group ordered; 0, the first, needs no order."""
+        return 0 if self._regroup is None else self._regroup.number
 
     @property
     def stop_reason(self) -> str | None:
@@ -96,3 +131,19 @@ class Inbox:
         with self._changed:
             self._changed.wait_for(lambda: self._newest >= 0 or self._stop_reason is not None)
             return self._shares.get(self._newest) if self._stop_reason is None else None
+
+    def wait_for_regroup(self, after: int, *, timeout_s: float | None = None) -> Regroup | None:
+        """The newest order for a group later than number `after`; None where the time passes first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.newest_group > after, timeout=timeout_s)
+            return self._regroup if self.newest_group > after else None
+
+    def enter(self, order: Regroup) -> None:
+        """The group is formed: its shares hold, and what was published for the one before is forgotten."""
+        with self._changed:
+            first = order.shares.generation
+            self._shares = {number: shares for number, shares in self._shares.items() if number > first}
+            self._shares[first] = order.shares
+            self._newest = first
+            while self._newest + 1 in self._shares:
+                self._newest += 1

@@ -11,7 +11,8 @@ import math
 import socket
 import time
 import traceback
-from typing import Any, final
+from collections.abc import Callable
+from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,12 @@ from revdist.errors import DeviceError, RevdistError, RunFailed
 from revdist.planning.accuracy import largest_error
 from revdist.planning.costs import Mode, Profile
 from revdist.planning.replay import uniform
-from revdist.training import group
 from revdist.training.evaluation import evaluate
+from revdist.training.group import Group, is_broken
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.local_step import LocalStep
-from revdist.training.loop import Loop, Trained
+from revdist.training.loop import Loop, Pause, Trained
+from revdist.training.membership import Membership
 from revdist.training.memory import MemoryView, MemoryWatch
 from revdist.training.optimizer import build_optimizer, coming_state_bytes, state_bytes, step_peak_bytes
 from revdist.training.orders import Assignment, Inbox
@@ -37,6 +39,7 @@ from revdist.training.saving import Saver
 from revdist.training.shortage import explain_shortage
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @final
@@ -46,14 +49,15 @@ class Replica:
     def __init__(
         self, assignment: Assignment, device: Device, inbox: Inbox, outbox: Outbox, listener: socket.socket | None
     ) -> None:
-        """listener: the socket that the group's store will listen on, if this rank hosts it."""
+        """listener: the socket that a group's store will listen on, where this rank is its first."""
         self._assignment = assignment
         self._config = assignment.config
-        self._rank = assignment.rendezvous.rank
         self._device = device
         self._inbox = inbox
         self._outbox = outbox
-        self._listener = listener
+        self._group = Group(device.kind, listener)
+        inbox.interrupt = self._group.interrupt
+        self._membership: Membership | None = None
         self._saver = Saver(assignment.config, assignment.checkpoints, self._event)
         self._step = 0
         self._loop: Loop | None = None
@@ -63,12 +67,20 @@ class Replica:
         """Steps of the run taken so far."""
         return self._step if self._loop is None else self._loop.step
 
+    @property
+    def rank(self) -> int:
+        """This replica's number in its group; a newcomer's is -1."""
+        if self._membership is not None:
+            return self._membership.rank
+        first = self._assignment.rendezvous
+        return -1 if first is None else first.rank
+
     def run(self) -> None:
         """The whole life. Never raises: what goes wrong is the last report."""
         try:
             self._live()
         except Exception as error:
-            _log.debug("rank %d failed", self._rank, exc_info=True)
+            _log.debug("rank %d failed", self.rank, exc_info=True)
             self._saver.close()
             self._outbox.put(self._failure(error))
         finally:
@@ -76,26 +88,68 @@ class Replica:
 
     def _live(self) -> None:
         torch.set_num_threads(self._config.threads_per_worker)
-        self._device.activate(f"revdist {self._config.name} rank {self._rank}")
+        self._device.activate(f"revdist {self._config.name} rank {self.rank}")
         trained = self._prepare()
-        first = self._inbox.wait_for_first()
-        if first is None:
-            self._outbox.put(EndReport(rank=self._rank, step=self._step, stopped=True, score=None))
+        self._membership = Membership(trained, self._group, self._inbox, self._outbox, rank=self.rank)
+        self._loop = self._begin(trained, self._membership)
+        if self._loop is None:
+            self._outbox.put(EndReport(rank=self.rank, step=self._step, stopped=True, score=None))
             return
-        self._loop = Loop(trained, self._inbox, self._outbox, first=first, step=self._step)
         watch = self._watch(trained, self._loop)
         watch.start()
         try:
-            finished = self._loop.run(checkpoint=lambda: self._save(trained))
+            finished = self._train(trained, self._loop)
             watch.stop()
-            score = self._score(trained) if finished else None
-            self._save(trained)
+            score = self._with_the_others(lambda: self._score(trained)) if finished else None
+            self._with_the_others(lambda: self._save(trained))
         finally:
             watch.stop()
             self._loop.close()
         self._leave(trained)
         self._saver.finish()
-        self._outbox.put(EndReport(rank=self._rank, step=self._loop.step, stopped=not finished, score=score))
+        self._outbox.put(EndReport(rank=self.rank, step=self._loop.step, stopped=not finished, score=score))
+
+    def _begin(self, trained: Trained, membership: Membership) -> Loop | None:
+        """The loop, once there are shares for this rank; None when told to stop first."""
+        if self._assignment.rendezvous is not None:
+            first = self._inbox.wait_for_first()
+            step, group = self._step, 0
+        else:
+            entry = membership.follow(None)
+            first = None if entry is None else entry.order.shares
+            step, group = (0, 0) if entry is None else (entry.step, entry.order.number)
+        if first is None:
+            return None
+        return Loop(trained, self._inbox, self._outbox, rank=self.rank, first=first, step=step, group=group)
+
+    def _train(self, trained: Trained, loop: Loop) -> bool:
+        """Take all steps of the run, through as many groups as it takes; False where told to stop before."""
+        while True:
+            pause = self._with_the_others(lambda: loop.run(checkpoint=lambda: self._save(trained)))
+            if pause is not Pause.REGROUP:
+                return pause is Pause.DONE
+            self._follow()
+
+    def _with_the_others(self, work: Callable[[], T]) -> T:
+        """Do work that takes all ranks; where some are lost meanwhile, again with those that are left."""
+        assert self._membership is not None
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not is_broken(error):
+                    raise
+                self._membership.lose(error, step=self.step)
+            self._follow()
+
+    def _follow(self) -> None:
+        """Go on in the group that is ordered next."""
+        assert self._membership is not None
+        assert self._loop is not None
+        entry = self._membership.follow(self._loop)
+        if entry is None:
+            raise RunFailed("told to stop while the group was broken: the newest checkpoint holds the state")
+        self._loop.enter(entry.order, step=entry.step, reports=entry.reports)
 
     def _prepare(self) -> Trained:
         """Everything that the steps work on; its curve is reported, so that shares can be chosen."""
@@ -106,7 +160,10 @@ class Replica:
             parts = build_parts(self._config, self._device.torch_device)
             profiling = Profiling(self._config, parts.model, parts.loss_fn, parts.train, self._device)
             profiles = self._profile(profiling)
-            group.join(self._assignment.rendezvous, kind=self._device.kind, listener=self._listener)
+            if self._assignment.rendezvous is None:
+                self._group.join_alone()
+            else:
+                self._group.join(self._assignment.rendezvous)
             trained = self._lay_out(parts, profiling.pool(profiles))
             self._saver.remember(profiling.known)
         except torch.OutOfMemoryError as error:
@@ -118,7 +175,7 @@ class Replica:
     def _report_curve(self, trained: Trained, reason: str) -> None:
         self._outbox.put(
             CurveReport(
-                rank=self._rank,
+                rank=self.rank,
                 curve=trained.planner.curve,
                 inverted=None if reason == "start" else trained.planner.inverted_curve(),
                 reason=reason,
@@ -129,9 +186,9 @@ class Replica:
     def _profile(self, profiling: Profiling) -> tuple[Profile, ...]:
         began_s = time.perf_counter()
         profiles = profiling.profiles(
-            sizes_to_profile(self._config, self._assignment.rendezvous.world_size),
+            sizes_to_profile(self._config, self._assignment.world_size),
             lambda done, total: self._outbox.put(
-                ProfileReport(rank=self._rank, device=self._device.uuid, done=done, total=total)
+                ProfileReport(rank=self.rank, device=self._device.uuid, done=done, total=total)
             ),
         )
         sizes = ", ".join(str(profile.micro_batch) for profile in profiles)
@@ -148,8 +205,8 @@ class Replica:
         local = LocalStep(
             replicated, parts.chain, self._device, precision=self._config.precision, seed=self._config.seed
         )
-        if self._assignment.resume:
-            self._step = self._saver.resume(parts, optimizer, rank=self._rank)
+        if self._assignment.resume and self._assignment.rendezvous is not None:
+            self._step = self._saver.resume(parts, optimizer, rank=self.rank)
         meter = self._device.meter()
         between_bytes = max(step_peak_bytes(self._config.optimizer, parts.trainable, meter), replicated.rebuild_bytes)
         coming = coming_state_bytes(self._config.optimizer, parts.trainable) - state_bytes(optimizer)
@@ -157,7 +214,6 @@ class Replica:
         planner = LocalPlanner(
             self._config,
             profiles,
-            rank=self._rank,
             device=self._device.uuid,
             device_name=self._device.name,
             fixed_bytes=fixed_bytes,
@@ -166,7 +222,6 @@ class Replica:
         parts.chain.never_inverted = planner.never_inverted
         return Trained(
             config=self._config,
-            rank=self._rank,
             device=self._device,
             parts=parts,
             replicated=replicated,
@@ -199,7 +254,7 @@ class Replica:
             trained.replicated,
             trained.parts.test,
             shares=self._loop.shares.by_rank,
-            rank=self._rank,
+            rank=self.rank,
             micro_batch=self._loop.plan.micro_batch,
             device=self._device.torch_device,
             precision=self._config.precision,
@@ -209,18 +264,25 @@ class Replica:
         """Save the state at a step boundary that all ranks have reached."""
         assert self._loop is not None
         shares = self._loop.shares
-        trained.replicated.average_buffers(shares.by_rank[self._rank])
+        trained.replicated.average_buffers(shares.by_rank[self.rank])
         plans: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(plans, self._loop.plan)
         self._saver.save(
-            trained.parts, trained.optimizer, step=self._loop.step, rank=self._rank, shares=shares, plans=plans
+            trained.parts, trained.optimizer, step=self._loop.step, rank=self.rank, shares=shares, plans=plans
         )
 
     def _leave(self, trained: Trained) -> None:
-        """Leave the group together: rank 0 hosts the store that the others still talk to."""
-        dist.barrier()
-        trained.replicated.close()
-        group.leave()
+        """Leave the group together: rank 0 hosts the store that the others still talk to.
+
+        Everything is done by now: a peer that does not come has left, or is lost, and is not waited for.
+        """
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            if not is_broken(error):
+                raise
+        trained.replicated.disconnect()
+        self._group.leave()
 
     def _event(self, kind: str, detail: str, **facts: Any) -> None:
         self._outbox.put(
@@ -228,7 +290,7 @@ class Replica:
                 time=time.time(),
                 step=self.step,
                 kind=kind,
-                rank=self._rank,
+                rank=self.rank,
                 device=self._device.uuid,
                 detail=detail,
                 facts=facts,
@@ -236,13 +298,13 @@ class Replica:
         )
 
     def _failure(self, error: Exception) -> FailureReport:
+        follows = is_broken(error)
         if not isinstance(error, RevdistError):
             where = traceback.format_exception(error)
             error = RunFailed(
                 f"{type(error).__name__}: {_first_line(error)}", cause=type(error).__name__, traceback="".join(where)
             )
-        follows = error.facts.get("cause") == "DistBackendError" or "Connection closed by peer" in str(error)
-        return FailureReport(time=time.time(), rank=self._rank, step=self.step, error=error, follows=follows)
+        return FailureReport(time=time.time(), rank=self.rank, step=self.step, error=error, follows=follows)
 
 
 def _first_line(error: Exception) -> str:

@@ -63,12 +63,35 @@ class Replicated:
         self._reduced: set[int] = set()
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+        self._as_view = gradient_as_bucket_view
+        self._ddp: DistributedDataParallel | None = None
+        self._reducing = False
+        self.connect(alike=False)
+
+    def connect(self, *, alike: bool) -> None:
+        """Reduce gradients over the present process group from now on.
+
+        alike: all ranks hold the same parameters already; else those of rank 0 are sent to them.
+        """
         for parameter in self.parameters:  # DDP makes them views of its buckets; later ones would come on top of those
             parameter.grad = torch.zeros_like(parameter)
         self._ddp = DistributedDataParallel(
-            self.loss, gradient_as_bucket_view=gradient_as_bucket_view, forward_sync_buffers=False
+            self.loss,
+            gradient_as_bucket_view=self._as_view,
+            forward_sync_buffers=False,
+            init_sync=not alike,
         )
-        self._reducing = False
+
+    def disconnect(self) -> None:
+        """Let go of the process group and of the buckets: a group that DDP still uses cannot be left."""
+        if self._ddp is None:
+            return
+        self._ddp.reducer._remove_autograd_hooks()
+        # The module lives on in reference cycles; what holds buckets and group must not.
+        self._ddp.reducer = self._ddp.logger = None  # type: ignore[assignment]
+        self._ddp = None
+        for parameter in self.parameters:
+            parameter.grad = None
 
     @property
     def model(self) -> nn.Module:
@@ -91,7 +114,7 @@ class Replicated:
         """Zero the gradients, in place: they stay views of the buckets that are reduced."""
         self._reduced.clear()
         self._reducing = False
-        self._ddp.zero_grad(set_to_none=False)
+        self.loss.zero_grad(set_to_none=False)
 
     def backward(self, batch: tuple[Any, Any] | None, scale: float, *, reduce: bool) -> float:
         """Forward and backward of one micro-batch; returns its summed loss.
@@ -99,6 +122,7 @@ class Replicated:
         The last micro-batch of a step is the one to `reduce`, on every rank; a rank without samples
         passes None for it.
         """
+        assert self._ddp is not None, "connect first"
         self._reducing = reduce
         with contextlib.nullcontext() if reduce else self._ddp.no_sync():
             loss = self._ddp(batch)
@@ -130,10 +154,6 @@ class Replicated:
         sizes = [buffer.numel() for buffer in buffers]
         for buffer, mean in zip(buffers, torch.split(flat[:-1] / flat[-1], sizes), strict=True):
             buffer.copy_(mean.view_as(buffer))
-
-    def close(self) -> None:
-        """Let go of the process group; a group that DDP still uses cannot be left."""
-        del self._ddp
 
     def _note(self, parameter: Tensor) -> None:
         if self._reducing:

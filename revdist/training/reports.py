@@ -19,6 +19,8 @@ class StepReport:
 
     time: float
     """Seconds since the epoch (Unix), when the step ended."""
+    group: int
+    """Number of the group that took it."""
     step: int
     epoch: int
     samples: int
@@ -28,7 +30,7 @@ class StepReport:
     lr: float
     step_s: float
     pause_s: float
-    """Part of `step_s` spent on attempts that were redone."""
+    """Part of `step_s` spent on attempts that were redone, and on forming another group."""
     rows: tuple[Row, ...]
 
 
@@ -91,6 +93,17 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BrokenReport:
+    """This replica's group is broken, and it waits to be told which one to form."""
+
+    time: float
+    rank: int
+    step: int
+    group: int
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EndReport:
     """This replica's training is over, after `step` steps of the run."""
 
@@ -114,7 +127,7 @@ class FailureReport:
     """The error is that a peer went away: some other rank failed first."""
 
 
-Report = StepReport | PlanReport | EventReport | ProfileReport | CurveReport | EndReport | FailureReport
+Report = StepReport | PlanReport | EventReport | ProfileReport | CurveReport | BrokenReport | EndReport | FailureReport
 
 
 @final

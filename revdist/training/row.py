@@ -19,6 +19,8 @@ class Row:
     """This rank was asked to save and leave."""
     newest_generation: int = 0
     """Newest generation of shares this rank has received."""
+    newest_group: int = 0
+    """Number of the newest group this rank has been told to form."""
     generation: int = 0
     """Generation this step ran under."""
     share: int = 0

@@ -81,7 +81,13 @@ def run_replicas(
             world_size=len(configs),
             timeout_s=TIMEOUT_S,
         )
-        assignment = Assignment(config=config, rendezvous=rendezvous, checkpoints=folder / "checkpoints", resume=resume)
+        assignment = Assignment(
+            config=config,
+            rendezvous=rendezvous,
+            world_size=len(configs),
+            checkpoints=folder / "checkpoints",
+            resume=resume,
+        )
         process = context.Process(
             target=_live,
             args=(assignment, listener if rank == 0 else None, [tuple(s) for s in shares], stop_after, theirs),
@@ -128,6 +134,7 @@ def _live(
     from revdist.training.loop import Loop
     from revdist.training.replica import Replica
 
+    assert assignment.rendezvous is not None
     rank = assignment.rendezvous.rank
     device = open_device(kind="cpu", name=f"cpu-{rank}", capacity_bytes=_capacity(assignment.config, rank))
     inbox, outbox = Inbox(), Outbox()

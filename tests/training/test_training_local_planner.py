@@ -28,15 +28,15 @@ def profile(micro_batch: int) -> Profile:
 def planner(**changes: Any) -> LocalPlanner:
     config = run_config(**changes)
     profiles = [profile(1), profile(4)]
-    return LocalPlanner(config, profiles, rank=1, device="CPU-1", fixed_bytes=100 * KIB, step_peak_bytes=KIB)
+    return LocalPlanner(config, profiles, device="CPU-1", fixed_bytes=100 * KIB, step_peak_bytes=KIB)
 
 
 def test_more_memory_saves_more() -> None:
     local = planner()
     local.start(1000 * KIB)
-    rich = local.plan(4, generation=0, reason="start")
+    rich = local.plan(4, rank=1, generation=0, reason="start")
     local.replan(20 * KIB, reason="memory-lost")
-    poor = local.plan(4, generation=0, reason="memory-lost")
+    poor = local.plan(4, rank=1, generation=0, reason="memory-lost")
     assert rich.schedule.strip == "SSSS"
     assert "I" in poor.schedule.strip
     assert poor.predicted_step_s > rich.predicted_step_s
@@ -48,7 +48,7 @@ def test_more_memory_saves_more() -> None:
 def test_a_schedule_can_be_asked_for(schedule: str, strip: str) -> None:
     local = planner(planning={"schedule": schedule})
     local.start(1000 * KIB)
-    assert local.plan(4, generation=0, reason="start").schedule.strip == strip
+    assert local.plan(4, rank=1, generation=0, reason="start").schedule.strip == strip
 
 
 def test_a_start_without_room_says_how_much_is_missing() -> None:
@@ -69,19 +69,19 @@ def test_below_the_minimum_a_running_replica_takes_the_smallest_plan() -> None:
 def test_a_plan_that_ran_out_gives_way_to_a_clearly_smaller_one() -> None:
     local = planner()
     local.start(1000 * KIB)
-    plan = local.plan(4, generation=0, reason="start")
+    plan = local.plan(4, rank=1, generation=0, reason="start")
     local.give_way(plan, budget_bytes=1000 * KIB)
-    smaller = local.plan(4, generation=0, reason="memory-lost")
+    smaller = local.plan(4, rank=1, generation=0, reason="memory-lost")
     assert smaller.schedule.need_bytes <= 0.9 * plan.schedule.need_bytes
 
 
 def test_a_reading_that_promised_too_much_is_not_believed_again() -> None:
     local = planner()
     local.start(1000 * KIB)
-    plan = local.plan(4, generation=0, reason="start")
+    plan = local.plan(4, rank=1, generation=0, reason="start")
     local.give_way(plan, budget_bytes=1000 * KIB)
     local.replan(1000 * KIB, reason="memory-gained")
-    again = local.plan(4, generation=0, reason="memory-gained")
+    again = local.plan(4, rank=1, generation=0, reason="memory-gained")
     assert again.schedule.need_bytes < plan.schedule.need_bytes
 
 
@@ -89,7 +89,7 @@ def test_the_smallest_plan_cannot_give_way() -> None:
     local = planner()
     local.start(4 * KIB)
     with pytest.raises(BudgetTooSmall):
-        local.give_way(local.plan(4, generation=0, reason="start"), budget_bytes=4 * KIB)
+        local.give_way(local.plan(4, rank=1, generation=0, reason="start"), budget_bytes=4 * KIB)
 
 
 def test_the_inverted_curve_is_slower_where_there_is_room() -> None:
@@ -106,26 +106,26 @@ def test_the_first_plan_is_the_fastest_or_the_thriftiest_without_the_solver(monk
     rich, poor = planner(), planner()
     rich.start(1000 * KIB)
     poor.start(100 * KIB)
-    assert rich.plan(4, generation=0, reason="start").schedule.strip == "SSSS"
-    assert poor.plan(4, generation=0, reason="start").schedule.strip == "IIII"
-    assert poor.plan(4, generation=0, reason="start").schedule.need_bytes <= 100 * KIB
+    assert rich.plan(4, rank=1, generation=0, reason="start").schedule.strip == "SSSS"
+    assert poor.plan(4, rank=1, generation=0, reason="start").schedule.strip == "IIII"
+    assert poor.plan(4, rank=1, generation=0, reason="start").schedule.need_bytes <= 100 * KIB
 
 
 def test_where_no_simple_plan_fits_the_solver_is_asked() -> None:
     local = planner()
     local.start(5 * KIB)  # less than the smaller of the two measured sizes needs
-    assert local.plan(4, generation=0, reason="start").micro_batch == 1
+    assert local.plan(4, rank=1, generation=0, reason="start").micro_batch == 1
 
 
 def test_runs_of_invert_obey_the_limit_from_the_start_on() -> None:
     errors = {"reconstruction_error": (1e-3,) * 4, "error_growth": (1.0,) * 4}
     profiles = [dataclasses.replace(profile(size), **errors) for size in (1, 4)]
     config = run_config(planning={"max_reconstruction_error": 2e-3})
-    local = LocalPlanner(config, profiles, rank=0, device="CPU-0", fixed_bytes=0, step_peak_bytes=0)
+    local = LocalPlanner(config, profiles, device="CPU-0", fixed_bytes=0, step_peak_bytes=0)
     local.start(local.minimum_bytes)
-    assert local.plan(1, generation=0, reason="start").schedule.strip == "ISII"
+    assert local.plan(1, rank=1, generation=0, reason="start").schedule.strip == "ISII"
     local.replan(0, reason="memory-lost")
-    assert local.plan(1, generation=0, reason="memory-lost").schedule.strip == "ISII"
+    assert local.plan(1, rank=1, generation=0, reason="memory-lost").schedule.strip == "ISII"
     assert local.inverted_curve().choice(1).schedule.strip == "ISII"
     assert local.never_inverted == {1}
 
@@ -133,7 +133,7 @@ def test_runs_of_invert_obey_the_limit_from_the_start_on() -> None:
 def test_with_a_limit_an_error_that_nobody_measured_is_not_risked() -> None:
     local = planner(planning={"max_reconstruction_error": 1.0, "schedule": "invert"})
     local.start(1000 * KIB)
-    assert local.plan(4, generation=0, reason="start").schedule.strip == "SSSS"
+    assert local.plan(4, rank=1, generation=0, reason="start").schedule.strip == "SSSS"
 
 
 def test_without_a_limit_everything_may_be_inverted_when_memory_is_short() -> None:

@@ -97,7 +97,7 @@ def test_gradients_and_buckets_are_there_before_the_first_step(as_view, meter):
             for reduce in (False, True):
                 replicated.backward(batch, 1.0, reduce=reduce)
             assert meter.peak_bytes() - before <= fixed + max(temporaries, replicated.rebuild_bytes + KIB)
-        replicated.close()
+        replicated.disconnect()
     finally:
         dist.destroy_process_group()
 
