@@ -9,11 +9,13 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
 
 from revdist.cluster.failure_lines import failure_lines
+from revdist.cluster.observer import Observer
 from revdist.cluster.processes import own_process
 from revdist.cluster.run_record import FILE, RUN_ID, RunRecord, State, read_record, write_record
 from revdist.errors import ConfigError, Preempted, RevdistError
@@ -50,7 +52,7 @@ def refuse_living(run_dir: Path) -> None:
 
 
 @final
-class RunClaim:
+class RunClaim(Observer):
     """A run directory taken for one session of a run. Use it as a context manager.
 
     Entering makes the directory and takes its lock, and raises ConfigError where another run has it
@@ -92,6 +94,11 @@ class RunClaim:
         self.record = dataclasses.replace(self.record, **changes)
         with contextlib.suppress(OSError):
             write_record(self.run_dir, self.record)
+
+    def on_step(self, metrics: Mapping[str, Any]) -> None:
+        """The run is under way from its first step on."""
+        if self.record.state == "starting":
+            self.update(state="running")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -15,6 +15,7 @@ from typing import Any, final
 from revdist.cluster.actor import Location
 from revdist.cluster.failures import Failure, first_failure, run_failed
 from revdist.cluster.fleet import Fleet, Lost
+from revdist.cluster.logs import LogGatherer
 from revdist.cluster.observer import Observer
 from revdist.cluster.records import device_records, event_record, replan_record, run_event, step_record, summary_record
 from revdist.cluster.rehearsal import Rehearsal
@@ -29,6 +30,7 @@ from revdist.training.reports import (
     EndReport,
     EventReport,
     FailureReport,
+    LogReport,
     PlanReport,
     ProfileReport,
     Report,
@@ -67,6 +69,7 @@ class Controller:
         self._checkpoint_folder = checkpoint_folder
         self._stop_reason = stop_reason
         self._keeper = ShareKeeper(config, len(fleet))
+        self._logs = LogGatherer(observer)
         self._rehearsal = Rehearsal(config.co_tenants, locations, fleet)
         self._plans: dict[int, list[PlanReport]] = {rank: [] for rank in range(len(fleet))}
         self._ended: dict[int, EndReport] = {}
@@ -104,11 +107,19 @@ class Controller:
             self._preempt()
         return self._finish()
 
+    def gather_logs(self) -> None:
+        """Take what ranks have printed last, before they are ended."""
+        for rank, report in self._fleet.rest_of_logs():
+            self._logs.take(rank, report)
+
     def _take(self, rank: int, said: Sequence[Report] | Lost) -> None:
         if isinstance(said, Lost):
             self._failures.append(said)
+            self._logs.lost(rank)
             return
         for report in said:
+            if isinstance(report, LogReport):
+                self._logs.take(rank, report)
             self._take_report(report)
             if isinstance(report, EndReport | FailureReport):
                 self._fleet.dismiss(rank)

@@ -17,10 +17,13 @@ from revdist.cluster.actor import NUM_THREADS, Location, ReplicaActor
 from revdist.cluster.placement import Host, Place
 from revdist.config import CoTenantConfig
 from revdist.training.orders import Assignment, Shares
-from revdist.training.reports import Report
+from revdist.training.reports import LogReport, Report
 
 _POLL_S = 5.0
 """Longest a call for reports waits in the actor: they come as soon as there are any."""
+
+_LAST_WORDS_S = 2.0
+"""Longest wait for what ranks printed at the end."""
 
 _DEATH_S = 5.0
 """Longest wait for a killed actor to be gone."""
@@ -116,6 +119,16 @@ class Fleet:
 
     def end_co_tenant(self, rank: int, co_tenant: CoTenantConfig) -> None:
         self._get(self._actors[rank].end_co_tenant.remote(co_tenant))
+
+    def rest_of_logs(self) -> Iterator[tuple[int, LogReport]]:
+        """What ranks have printed and not reported yet; nothing of those that do not answer."""
+        calls: dict[Any, int] = {actor.rest_of_log.remote(): rank for rank, actor in enumerate(self._actors)}
+        ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LAST_WORDS_S)
+        for call in ready:
+            with contextlib.suppress(RayActorError, RayTaskError):
+                report = ray.get(call)
+                if report is not None:
+                    yield calls[call], report
 
     def kill(self) -> None:
         """End every actor, and what it started, and wait until they are gone."""

@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from revdist.cluster.address import check_reachable, parse_address
 from revdist.errors import AddressUnreachable
@@ -33,6 +34,25 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[bool]:
             yield address is None
         finally:
             _disconnect()
+
+
+def ray_address() -> str:
+    """Address of the cluster that this process is connected to, `HOST:PORT`."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def metrics_url() -> str:
+    """Where Ray offers the metrics of this process's host to Prometheus; empty where it does not."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    for node in nodes:
+        if node["NodeID"] == own and node.get("MetricsExportPort"):
+            return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    return ""
 
 
 def _is_connected() -> bool:

@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from revdist.cluster.local import ray_cluster
-from revdist.cluster.observer import Observer
+from revdist.cluster.claim import RunClaim, refuse_living
+from revdist.cluster.local import metrics_url, ray_address, ray_cluster
+from revdist.cluster.observer import Observer, Observers
 from revdist.cluster.signals import StopRequest, stop_on_signals
 from revdist.config import RunConfig
 from revdist.devices.reading import Reading
@@ -49,6 +50,7 @@ class Trainer:
     else a local cluster of its own, which is shut down at the end.
     `run_dir`: where the run is written; None: `runs/<name>-<time>` under the current folder.
     `resume`: continue from the newest whole checkpoint in `run_dir`.
+    `log_dir`: where what each rank prints is written; None: `logs` in the run directory.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Trainer:
         address: str | None = None,
         run_dir: str | Path | None = None,
         resume: bool = False,
+        log_dir: str | Path | None = None,
         **keys: Any,
     ) -> None:
         given = config.model_dump(exclude_unset=True) if isinstance(config, RunConfig) else dict(config or {})
@@ -67,6 +70,7 @@ class Trainer:
         self.address = address
         self.run_dir = run_dir
         self.resume = resume
+        self.log_dir = log_dir
 
     def fit(self) -> Result:
         """Train to the end.
@@ -75,11 +79,16 @@ class Trainer:
         rank, its host, the cause and the remedy, Preempted after saving on SIGTERM, and
         KeyboardInterrupt after saving on SIGINT.
         """
-        run_dir = self._choose_run_dir()
+        run_dir = self.choose_run_dir()
         self._check_batch()
-        with ray_cluster(self.address, num_workers=self._num_workers()), stop_on_signals() as stop:
+        with (
+            RunClaim(run_dir, name=self.config.name, log_dir=self._log_dir(run_dir)) as claim,
+            ray_cluster(self.address, num_workers=self._num_workers()) as own_ray,
+            stop_on_signals() as stop,
+        ):
+            claim.update(own_ray=own_ray, ray_address=ray_address(), metrics_url=metrics_url())
             try:
-                return self._fit(run_dir, stop)
+                return self._fit(claim, stop)
             except Preempted as error:
                 if error.facts.get("signal") == "SIGINT":
                     raise KeyboardInterrupt(error.message) from error
@@ -99,29 +108,38 @@ class Trainer:
             finally:
                 fleet.kill()
 
-    def _fit(self, run_dir: Path, stop: StopRequest) -> Result:
+    def _fit(self, claim: RunClaim, stop: StopRequest) -> Result:
         # Ray is connected by now, and its modules can be imported.
         from revdist.cluster.controller import Controller
+        from revdist.cluster.logs import LogFiles
+        from revdist.cluster.metrics import RunMetrics
         from revdist.training.run_directory import RunWriter
 
+        run_dir = claim.run_dir
         places, fleet = self._place()
         writer = RunWriter(run_dir)
+        logs = LogFiles(self._log_dir(run_dir))
+        observer = Observers(claim, logs, RunMetrics(self.config.name), self.observer)
+        controller: Controller | None = None
         try:
             locations = _locate(places, fleet)
-            self.observer.on_start(run_dir, [location.reading for location in locations])
+            observer.on_start(run_dir, [location.reading for location in locations])
             fleet.start(self._assignments(places, locations, run_dir))
             controller = Controller(
                 self.config,
                 fleet,
                 locations,
                 writer,
-                self.observer,
+                observer,
                 checkpoint_folder=self._checkpoint_folder(run_dir),
                 stop_reason=stop,
             )
             summary = controller.run()
             return Result(run_dir=run_dir, metrics=summary, plans=controller.final_plans)
         finally:
+            if controller is not None:
+                controller.gather_logs()
+            logs.close()
             writer.close()
             fleet.kill()
 
@@ -174,8 +192,11 @@ class Trainer:
 
             equal_split(self.config.global_batch, len(self.config.devices))
 
-    def _choose_run_dir(self) -> Path:
-        """Absolute path of the run directory, which must hold a run to resume, or none."""
+    def choose_run_dir(self) -> Path:
+        """Absolute path of the run directory, which must hold a run to resume, or none, and none that is alive.
+
+        Raises ConfigError or CheckpointError. Nothing is made yet.
+        """
         if self.run_dir is None:
             if self.resume:
                 raise ConfigError("resume needs run_dir, the run directory to go on with")
@@ -183,6 +204,7 @@ class Trainer:
 
             return default_run_dir(self.config.name, datetime.now()).absolute()
         run_dir = Path(self.run_dir).absolute()
+        refuse_living(run_dir)
         if self.resume:
             from revdist.training.checkpoint_files import newest
 
@@ -196,6 +218,9 @@ class Trainer:
         if "://" in location:
             raise ConfigError(f"checkpoint.location {location!r} is a URL: give a folder that rank 0 can write")
         return Path(location).absolute() if location else run_dir / "checkpoints"
+
+    def _log_dir(self, run_dir: Path) -> Path:
+        return run_dir / "logs" if self.log_dir is None else Path(self.log_dir).absolute()
 
     def _num_workers(self) -> int:
         """Cores that a cluster of our own must offer."""

@@ -104,6 +104,17 @@ class BrokenReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LogReport:
+    """What this replica's process has printed."""
+
+    text: str
+    """Whole lines; empty: nothing new."""
+    host: str
+    read_to: dict[str, int]
+    """The files of the host that hold it, and up to which byte they have been sent."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EndReport:
     """This replica's training is over, after `step` steps of the run."""
 
@@ -127,7 +138,17 @@ class FailureReport:
     """The error is that a peer went away: some other rank failed first."""
 
 
-Report = StepReport | PlanReport | EventReport | ProfileReport | CurveReport | BrokenReport | EndReport | FailureReport
+Report = (
+    StepReport
+    | PlanReport
+    | EventReport
+    | ProfileReport
+    | CurveReport
+    | BrokenReport
+    | LogReport
+    | EndReport
+    | FailureReport
+)
 
 
 @final
@@ -145,6 +166,11 @@ class Outbox:
             self._last += 1
             self._reports.append((self._last, report))
             self._changed.notify_all()
+
+    @property
+    def waiting(self) -> int:
+        """Reports that no reader has acknowledged."""
+        return len(self._reports)
 
     def close(self) -> None:
         """No more reports will come: readers need not wait."""
