@@ -68,6 +68,13 @@ class WorkersConfig(Section):
     """Lost replicas that are replaced, over the whole run; those beyond stay lost."""
 
 
+class FaultsConfig(Section):
+    """When a replica counts as lost."""
+
+    heartbeat_s: float = pydantic.Field(5.0, gt=0)
+    """Seconds without an answer after which a replica is given up: frozen, or its host or network is gone."""
+
+
 class MemoryConfig(Section):
     """How much of a device's memory a run leaves alone."""
 
@@ -116,8 +123,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; none: at the end and on preemption."""
     keep: int = pydantic.Field(2, ge=1)
     """Newest checkpoints kept."""
+    keep_every_steps: int | None = pydantic.Field(None, ge=1)
+    """Checkpoints at multiples of so many steps are never removed; none: only the newest stay."""
     location: str = ""
-    """Directory or fsspec URL; empty: `checkpoints/` in the run directory."""
+    """Directory or fsspec URL, for this run alone; empty: `checkpoints/` in the run directory."""
 
 
 class CoTenantConfig(Section):
@@ -153,6 +162,7 @@ class RunConfig(Section):
     """auto: every free GPU of the cluster, else one CPU device per node."""
     workers: WorkersConfig = WorkersConfig()
     threads_per_worker: int = pydantic.Field(1, ge=1)
+    faults: FaultsConfig = FaultsConfig()
     memory: MemoryConfig = MemoryConfig()
     planning: PlanningConfig = PlanningConfig()
     replan: ReplanConfig = ReplanConfig()

@@ -22,6 +22,8 @@ EVENT_STYLES: Mapping[str, str] = {
     "co-tenant": "magenta",
     "joined": "green",
     "checkpoint": "dim",
+    "checkpoint-failed": "bold red",
+    "resumed": "dim",
     "out-of-memory": "bold yellow",
     "lost": "bold red",
     "preempted": "bold yellow",

@@ -1,25 +1,38 @@
 """When and by whom training state is saved and taken up again: what a replica knows of checkpoints.
 
 All ranks hold the same state at a step boundary, so rank 0 alone writes it, and no rank communicates
-to save. What a rank is numbered may change during a run; it is told at each call.
+to save. What a rank is numbered may change during a run; it is told at each call. Training waits for a
+copy of the state in host memory and goes on while a thread writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import final
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from revdist.config import RunConfig
+from revdist.errors import CheckpointError
 from revdist.planning.costs import Plan, Profile
 from revdist.training import checkpoint_files
+from revdist.training.checkpoint_files import PROFILES_FILE, Progress
+from revdist.training.checkpoint_folders import Folder, Place, open_folder
+from revdist.training.generators import generators_to_json, restore_generators
+from revdist.training.host_tensors import Staging
 from revdist.training.orders import Shares
 from revdist.training.parts import Parts
 from revdist.training.profile_cache import store_profile
 from revdist.training.state import load_training_state, send_state, training_state
+
+_PATIENCE_S = 30.0
+"""How long a replica that fails waits for a write under way."""
+_GENERATORS_FILE = "generators.json"
 
 TellEvent = Callable[..., None]
 """Called as `event(kind, detail, **facts)`, from any thread."""
@@ -29,17 +42,20 @@ TellEvent = Callable[..., None]
 class Saver:
     """Saves the state of one replica's run and brings it back."""
 
-    def __init__(self, config: RunConfig, folder: Path, event: TellEvent) -> None:
-        """folder: where the run's checkpoints lie; it need not exist. Nothing is read or written here."""
+    def __init__(self, config: RunConfig, place: Place, event: TellEvent) -> None:
+        """place: where the run's checkpoints lie; it need not exist. Nothing is read or written here."""
         self._config = config
-        self._folder = folder
+        self._place = place
         self._event = event
         self._profiles: tuple[Profile, ...] = ()
+        self._staging = Staging()
+        self._writing: threading.Thread | None = None
+        self._failure: CheckpointError | None = None
 
     def recall_profiles(self) -> None:
         """Put the profiles of the newest checkpoint into this machine's cache: what it knows is not measured again."""
-        if self._config.planning.profile_cache and checkpoint_files.checkpoints(self._folder):
-            for profile in checkpoint_files.read_profiles(checkpoint_files.newest(self._folder)):
+        if self._config.planning.profile_cache:
+            for profile in checkpoint_files.read_profiles(self._place):
                 store_profile(profile)
 
     def remember(self, profiles: Sequence[Profile]) -> None:
@@ -59,12 +75,16 @@ class Saver:
         """Save the state at a step boundary that all ranks have reached. May be called on every rank.
 
         plans: what the ranks run, as far as it is known.
+
+        Returns once the state is copied, and the save before it is over. A save that fails is an event;
+        `finish` raises it if it was the last one. Raises CheckpointError for an optimizer that cannot be saved.
         """
         if rank != 0:
             return
-        from revdist.training import checkpoint  # seconds to import, which the first step need not wait for
-
-        progress = checkpoint_files.Progress(
+        began_s = time.perf_counter()
+        self._wait()
+        live = training_state(parts.model, optimizer)
+        progress = Progress(
             step=step,
             seed=self._config.seed,
             global_batch=self._config.global_batch,
@@ -72,37 +92,119 @@ class Saver:
             generation=shares.generation,
             shares=shares.by_rank,
         )
-        state = training_state(parts.model, optimizer)
-        path = checkpoint.save(
-            self._folder, state, progress, keep=self._config.checkpoint.keep, profiles=self._profiles
+        try:
+            state = self._staging.copy(live)
+        except MemoryError:
+            num_bytes = sum(tensor.nbytes for tensor in live.values())
+            self._fail(
+                CheckpointError(f"no host memory for a copy of {num_bytes} bytes, from which step {step} is saved")
+            )
+            return
+        documents = self._documents(plans)
+        pause_s = time.perf_counter() - began_s
+        self._writing = threading.Thread(
+            target=self._write, args=(state, progress, documents, pause_s), name="revdist-save", daemon=True
         )
-        self._event("checkpoint", str(path))
+        self._writing.start()
 
     def resume(self, parts: Parts, optimizer: torch.optim.Optimizer, *, rank: int) -> int:
-        """Take up the newest checkpoint and return its step: rank 0 reads it and sends it to the others.
+        """Take up the newest whole checkpoint and return its step: rank 0 reads it and sends it to the others.
 
         A collective on the default group. Raises CheckpointError on rank 0 where there is nothing to go on with.
         """
         step = [0]
         if rank == 0:
-            from revdist.training import checkpoint
-
-            newest = checkpoint_files.newest(self._folder)
-            progress = checkpoint_files.read_progress(newest)
-            checkpoint_files.check_same_run(
-                progress,
-                seed=self._config.seed,
-                global_batch=self._config.global_batch,
-                num_samples=parts.order.num_samples,
-            )
-            load_training_state(parts.model, optimizer, checkpoint.read_state(newest))
-            step = [progress.step]
+            step = [self._read(parts, optimizer)]
         dist.broadcast_object_list(step, src=0)
         send_state(parts.model, optimizer, source=0)
         return step[0]
 
     def finish(self) -> None:
-        """Wait until what was saved is on disk. Raises CheckpointError where the last save failed."""
+        """Wait until what was saved is on disk.
+
+        Raises CheckpointError where the last save failed, naming the newest checkpoint there is.
+        """
+        self._wait()
+        if self._failure is None:
+            return
+        found = checkpoint_files.checkpoints(self._place)
+        there = f"the newest there is: {found[-1]}" if found else "there is none before it"
+        raise CheckpointError(f"the run's last checkpoint failed, {there}: {self._failure.message}")
 
     def close(self) -> None:
-        """Wait for a write under way, whatever becomes of it: this replica fails."""
+        """Wait a while for a write under way, whatever becomes of it: this replica has failed."""
+        self._wait(_PATIENCE_S)
+
+    def _wait(self, patience_s: float | None = None) -> None:
+        if self._writing is not None:
+            self._writing.join(patience_s)
+
+    def _documents(self, plans: Sequence[Plan]) -> dict[str, str]:
+        return {
+            "config.yaml": self._config.to_yaml(),
+            "plans.json": json.dumps([json.loads(plan.to_json()) for plan in plans]),
+            PROFILES_FILE: checkpoint_files.profiles_to_json(self._profiles),
+            _GENERATORS_FILE: generators_to_json(),
+        }
+
+    def _write(
+        self, state: Mapping[str, Tensor], progress: Progress, documents: Mapping[str, str], pause_s: float
+    ) -> None:
+        """Write one checkpoint; runs beside the training."""
+        began_s = time.perf_counter()
+        try:
+            from revdist.training import checkpoint  # seconds to import, for which no step waits
+
+            folder = open_folder(self._place)
+            saved = checkpoint.save(folder, state, progress, documents)
+        except CheckpointError as error:
+            self._fail(error)
+            return
+        except Exception as error:  # a storage's own kind of error must not end the thread without a word
+            self._fail(CheckpointError(f"cannot write a checkpoint in {self._place}: {type(error).__name__}: {error}"))
+            return
+        self._failure = None
+        self._event(
+            "checkpoint",
+            str(saved),
+            saved_step=progress.step,
+            bytes=sum(tensor.nbytes for tensor in state.values()),
+            seconds=time.perf_counter() - began_s,
+            pause_s=pause_s,
+        )
+        self._prune(folder, progress.step)
+
+    def _prune(self, folder: Folder, step: int) -> None:
+        policy = self._config.checkpoint
+        try:
+            checkpoint_files.prune(folder, step=step, keep=policy.keep, keep_every_steps=policy.keep_every_steps)
+        except (OSError, CheckpointError) as error:
+            self._event("checkpoint-failed", f"cannot remove older checkpoints in {folder}: {error}")
+
+    def _fail(self, error: CheckpointError) -> None:
+        self._failure = error
+        self._event("checkpoint-failed", error.message)
+
+    def _read(self, parts: Parts, optimizer: torch.optim.Optimizer) -> int:
+        """Put the newest whole checkpoint in place and return its step."""
+        from revdist.training import checkpoint
+
+        found = checkpoint_files.newest_whole(self._place)
+        for fault in found.torn:
+            self._event("checkpoint-failed", f"torn and left out: {fault}; going on from {found.checkpoint.name}")
+        progress = found.contents.progress
+        checkpoint_files.check_same_run(
+            progress,
+            seed=self._config.seed,
+            global_batch=self._config.global_batch,
+            num_samples=parts.order.num_samples,
+        )
+        load_training_state(parts.model, optimizer, checkpoint.read_state(found.checkpoint))
+        if _GENERATORS_FILE in found.contents.files:
+            restore_generators(found.checkpoint.read(_GENERATORS_FILE).decode())
+        self._event("resumed", f"{found.checkpoint}, written by {_name_versions(found.contents.versions)}")
+        return progress.step
+
+
+def _name_versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{package} {version}" for package, version in versions.items())

@@ -36,7 +36,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Put a state in place: copied into parameters and buffers, taken over as optimizer state.
+    """Put a state in place by copying, each of its tensors given up once it is copied: `state` is empty afterwards.
 
     Raises CheckpointError naming the first difference when the state is of another model.
     """
@@ -52,15 +52,19 @@ def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, stat
                 f"and {tuple(tensor.shape)} here"
             )
     model.load_state_dict(saved)
+    for name in saved:
+        del state[_MODEL + name]
+    saved.clear()
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
-    for full_name, tensor in state.items():
-        if full_name.startswith(_OPTIMIZER):
-            name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition("/")
-            parameter = parameters[name]
-            # Counters stay where torch keeps them, on the CPU; moments live beside their parameter.
-            home = parameter.device if tensor.dim() else tensor.device
-            optimizer.state[parameter][key] = tensor.to(home)
+    while state:
+        full_name, tensor = state.popitem()
+        name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition("/")
+        parameter = parameters[name]
+        # Counters stay where torch keeps them, on the CPU; moments live beside their parameter. A copy, since
+        # what was read lies in memory that the device does not count.
+        home = parameter.device if tensor.dim() else tensor.device
+        optimizer.state[parameter][key] = tensor.to(home, copy=True)
 
 
 def send_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, source: int) -> None:
