@@ -17,9 +17,9 @@ from torch import Tensor
 
 def host_tensor(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
     """An uninitialised tensor on the CPU. pinned: in memory that a GPU copies to by itself."""
-    if pinned:
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
     num_bytes = math.prod(shape) * dtype.itemsize
+    if pinned or not num_bytes:
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=pinned)
     return torch.from_numpy(np.empty(num_bytes, dtype=np.uint8)).view(dtype).view(tuple(shape))
 
 
