@@ -57,7 +57,7 @@ class Controller:
         writer: RunWriter,
         observer: Observer,
         *,
-        checkpoint_folder: Path,
+        checkpoint_folder: str,
         stop_reason: Callable[[], str | None],
     ) -> None:
         """stop_reason: asked often; why the run shall save and end, None while it shall not."""

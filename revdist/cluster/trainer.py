@@ -202,7 +202,9 @@ class Trainer:
                 raise ConfigError("resume needs run_dir, the run directory to go on with")
             from revdist.training.run_directory import default_run_dir
 
-            return default_run_dir(self.config.name, datetime.now()).absolute()
+            run_dir = default_run_dir(self.config.name, datetime.now()).absolute()
+            self._refuse_anothers_checkpoints(run_dir)
+            return run_dir
         run_dir = Path(self.run_dir).absolute()
         refuse_living(run_dir)
         if self.resume:
@@ -211,13 +213,30 @@ class Trainer:
             newest(self._checkpoint_folder(run_dir))
         elif (run_dir / "config.yaml").exists():
             raise ConfigError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir")
+        else:
+            self._refuse_anothers_checkpoints(run_dir)
         return run_dir
 
-    def _checkpoint_folder(self, run_dir: Path) -> Path:
+    def _checkpoint_folder(self, run_dir: Path) -> str:
+        """Where the run's checkpoints lie: the absolute path of a folder, or a URL."""
         location = self.config.checkpoint.location
         if "://" in location:
-            raise ConfigError(f"checkpoint.location {location!r} is a URL: give a folder that rank 0 can write")
-        return Path(location).absolute() if location else run_dir / "checkpoints"
+            return location
+        return str(Path(location).absolute() if location else run_dir / "checkpoints")
+
+    def _refuse_anothers_checkpoints(self, run_dir: Path) -> None:
+        """Raise ConfigError where another run's checkpoints lie, which would count among this one's."""
+        if not self.config.checkpoint.location:
+            return
+        from revdist.training.checkpoint_files import checkpoints
+
+        folder = self._checkpoint_folder(run_dir)
+        found = checkpoints(folder)
+        if found:
+            raise ConfigError(
+                f"checkpoint.location {folder} already holds {found[-1].name} of another run: "
+                "go on with that one by --resume, or choose another location"
+            )
 
     def _log_dir(self, run_dir: Path) -> Path:
         return run_dir / "logs" if self.log_dir is None else Path(self.log_dir).absolute()

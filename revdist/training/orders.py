@@ -39,8 +39,8 @@ class Assignment:
     """The group to start in; None: the run is under way, and the replica says when it is ready to join."""
     world_size: int
     """Replicas that the run is meant to have."""
-    checkpoints: Path
-    """Folder of the run's checkpoints; written by rank 0."""
+    checkpoints: str | Path
+    """Folder of the run's checkpoints, or its fsspec URL; written by rank 0."""
     resume: bool
 
 
