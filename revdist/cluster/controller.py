@@ -1,31 +1,38 @@
-"""The supervisor of a run: gathers what ranks report, decides on shares, writes the run directory.
+"""The supervisor of a run: gathers what ranks report, decides on shares and groups, writes the run directory.
 
-Training does not depend on it. All that it knows came from reports, which ranks keep until they are
-acknowledged, and all that it decides is published by generation; ranks switch by themselves, at the
-same step. It runs in the driver's thread and calls the observer from there.
+Training does not depend on it while nothing happens. All that it knows came from reports, which ranks
+keep until they are acknowledged, and all that it decides is published by number; ranks switch by
+themselves, at the same step. It runs in the driver's thread and calls the observer from there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 from revdist.cluster.actor import Location
-from revdist.cluster.failures import Failure, first_failure, run_failed
+from revdist.cluster.failures import Failure, describe, first_failure, is_survivable, run_failed, what_failed
 from revdist.cluster.fleet import Fleet, Lost
+from revdist.cluster.groups import Groups
 from revdist.cluster.logs import LogGatherer
 from revdist.cluster.observer import Observer
+from revdist.cluster.placement import Place
 from revdist.cluster.records import device_records, event_record, replan_record, run_event, step_record, summary_record
+from revdist.cluster.recruiting import Recruiter
 from revdist.cluster.rehearsal import Rehearsal
 from revdist.cluster.shares import ShareKeeper
 from revdist.config import RunConfig
+from revdist.devices.reading import Reading
 from revdist.errors import Preempted
 from revdist.planning.costs import Plan
 from revdist.training.checkpoint_files import checkpoints
-from revdist.training.orders import Shares
+from revdist.training.orders import Assignment, Shares
 from revdist.training.reports import (
+    BrokenReport,
     CurveReport,
     EndReport,
     EventReport,
@@ -41,6 +48,8 @@ from revdist.training.run_directory import RunWriter
 _TICK_S = 0.1
 _GATHER_S = 2.0
 """After a failure, time for other ranks to say what they saw: the first to speak need not be the first to fail."""
+_SETTLE_S = 1.0
+"""Beyond the heartbeat: where a group broke and nobody was found to be lost by then, nobody is."""
 _SAVE_S = 120.0
 """Time for ranks to reach a step boundary and save once they are told to stop."""
 
@@ -53,27 +62,37 @@ class Controller:
         self,
         config: RunConfig,
         fleet: Fleet,
-        locations: Sequence[Location],
+        groups: Groups,
+        locations: Mapping[int, Location],
+        places: Mapping[int, Place],
         writer: RunWriter,
         observer: Observer,
         *,
+        assign: Callable[[], Assignment],
         checkpoint_folder: str,
         stop_reason: Callable[[], str | None],
     ) -> None:
-        """stop_reason: asked often; why the run shall save and end, None while it shall not."""
+        """groups: with the first one formed. locations, places: of its members. assign: what a newcomer is to do.
+        stop_reason: asked often; why the run shall save and end, None while it shall not.
+        """
         self._config = config
         self._fleet = fleet
-        self._locations = locations
+        self._groups = groups
+        self._locations = dict(locations)
+        self._recruiter = Recruiter(config, fleet, places, assign=assign, tell=self._tell)
         self._writer = writer
         self._observer = observer
         self._checkpoint_folder = checkpoint_folder
         self._stop_reason = stop_reason
-        self._keeper = ShareKeeper(config, len(fleet))
+        self._keeper = ShareKeeper(config, groups.members)
         self._logs = LogGatherer(observer)
         self._rehearsal = Rehearsal(config.co_tenants, locations, fleet)
-        self._plans: dict[int, list[PlanReport]] = {rank: [] for rank in range(len(fleet))}
+        self._plans: dict[int, list[PlanReport]] = defaultdict(list)
         self._ended: dict[int, EndReport] = {}
-        self._failures: list[Failure] = []
+        self._failures: dict[int, Failure] = {}
+        self._lost: set[int] = set()
+        self._joining: list[int] = []
+        self._broken_s: float | None = None
         self._early_events: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
         self._num_steps = 0
@@ -90,18 +109,19 @@ class Controller:
     @property
     def final_plans(self) -> tuple[Plan, ...]:
         """Per rank: the plan it ended with."""
-        return tuple(reports[-1].plan for reports in self._plans.values() if reports)
+        return tuple(self._plans[member][-1].plan for member in self._groups.members if self._plans[member])
 
     def run(self) -> dict[str, Any]:
         """Supervise to the end; returns the summary.
 
         Raises RunFailed, Preempted after saving, or what kept the run from starting.
         """
-        while len(self._ended) < len(self._fleet):
-            for rank, said in self._fleet.reports(_TICK_S):
-                self._take(rank, said)
-            if self._failures:
-                self._fail()
+        while not self._is_over:
+            for member, said in self._fleet.reports(_TICK_S):
+                self._take(member, said)
+            self._listen()
+            self._mend()
+            self._grow()
             self._stop_if_asked()
         if any(report.stopped for report in self._ended.values()):
             self._preempt()
@@ -112,56 +132,86 @@ class Controller:
         for rank, report in self._fleet.rest_of_logs():
             self._logs.take(rank, report)
 
-    def _take(self, rank: int, said: Sequence[Report] | Lost) -> None:
+    @property
+    def _is_over(self) -> bool:
+        """Whether every member that is left has come to its end."""
+        left = [member for member in self._groups.members if member not in self._lost]
+        return bool(left) and all(member in self._ended for member in left)
+
+    def _take(self, member: int, said: Sequence[Report] | Lost) -> None:
         if isinstance(said, Lost):
-            self._failures.append(said)
-            self._logs.lost(rank)
+            self._take_failure(member, said)
+            self._logs.lost(member)
             return
         for report in said:
             if isinstance(report, LogReport):
-                self._logs.take(rank, report)
-            self._take_report(report)
+                self._logs.take(member, report)
+            self._take_report(member, report)
             if isinstance(report, EndReport | FailureReport):
-                self._fleet.dismiss(rank)
+                self._fleet.dismiss(member)
 
-    def _take_report(self, report: Report) -> None:
+    def _take_failure(self, member: int, failure: Failure) -> None:
+        if self._recruiter.is_newcomer(member):
+            self._recruiter.fail(member, what_failed(failure))
+        elif member in self._groups.members and member not in self._ended:
+            rank = self._groups.rank_of(member)
+            self._failures.setdefault(member, dataclasses.replace(failure, rank=rank))
+
+    def _take_report(self, member: int, report: Report) -> None:
         match report:
             case StepReport():
                 self._take_step(report)
             case PlanReport():
-                self._take_plan(report)
+                self._take_plan(member, report)
             case CurveReport():
-                self._take_curve(report)
+                self._take_curve(member, report)
+            case BrokenReport():
+                self._take_broken(report)
             case EventReport():
                 self._event(event_record(report))
             case ProfileReport():
                 self._observer.on_profile(report.rank, report.device, report.done, report.total)
             case EndReport():
-                self._ended[report.rank] = report
+                self._ended[member] = report
             case FailureReport():
-                self._failures.append(report)
+                self._take_failure(member, report)
 
     def _take_step(self, report: StepReport) -> None:
-        self._last = step_record(report, self._plans)
+        if report.step <= self._step:  # a new first rank reports once more what may not have arrived
+            return
+        if self._groups.entered(report.group):
+            self._entered(report)
+        members = self._groups.members_of(report.group)
+        self._last = step_record(report, [self._plans[member] for member in members])
         self._writer.metrics(self._last)
         self._samples += sum(row.samples for row in report.rows)
         self._train_s += report.step_s
         self._observer.on_step(self._last)
         for event in self._rehearsal.after_step(report.step):
             self._event(event)
-        self._publish(self._keeper.take_rows(report.rows))
+        if report.group == self._groups.number:
+            self._publish(self._keeper.take_rows(report.rows))
 
-    def _take_plan(self, report: PlanReport) -> None:
-        earlier = self._plans[report.plan.rank]
+    def _take_plan(self, member: int, report: PlanReport) -> None:
+        earlier = self._plans[member]
         self._writer.plan(report.plan, time=report.time, step=report.step, free_bytes=report.free_bytes)
         self._observer.on_plan(report.plan, report.free_bytes)
         if earlier:
             self._event(replan_record(report, earlier[-1].plan))
         earlier.append(report)
 
-    def _take_curve(self, report: CurveReport) -> None:
+    def _take_curve(self, member: int, report: CurveReport) -> None:
         self._num_steps = report.num_steps
-        self._publish(self._keeper.take_curve(report))
+        if self._recruiter.is_newcomer(member):
+            self._recruiter.is_ready(member)
+        shares = self._keeper.take_curve(member, report)
+        if not self._groups.pending:
+            self._publish(shares)
+
+    def _take_broken(self, report: BrokenReport) -> None:
+        """A rank's group broke: if nobody turns out to be lost, the same ranks form another one."""
+        if report.group == self._groups.number and self._broken_s is None:
+            self._broken_s = time.monotonic()
 
     def _publish(self, shares: Shares | None) -> None:
         if shares is None:
@@ -171,7 +221,7 @@ class Controller:
         else:
             divided = " + ".join(str(share) for share in shares.by_rank)
             self._event(run_event("replan", self._step, f"generation {shares.generation}: shares {divided}"))
-        self._fleet.adopt(shares)
+        self._fleet.adopt(shares, self._groups.members)
 
     def _begin(self, shares: Shares) -> None:
         """Every rank has a plan: from here on the run is on disk."""
@@ -179,9 +229,12 @@ class Controller:
         for event in self._early_events:
             self._writer.event(event)
         divided = " + ".join(str(share) for share in shares.by_rank)
-        detail = f"{len(self._fleet)} replicas, {self._num_steps} steps, shares {divided}"
-        devices = device_records([location.reading for location in self._locations])
+        detail = f"{len(self._groups.members)} replicas, {self._num_steps} steps, shares {divided}"
+        devices = device_records(self._readings)
         self._event(run_event("start", self._step, detail, num_steps=self._num_steps, devices=devices))
+
+    def _tell(self, trouble: str) -> None:
+        self._event(run_event("lost", self._step, trouble))
 
     def _event(self, record: dict[str, Any]) -> None:
         self._observer.on_event(record)
@@ -221,33 +274,129 @@ class Controller:
             step=self._step,
         )
 
+    @property
+    def _readings(self) -> list[Reading]:
+        """The devices of the group, in rank order."""
+        return [self._locations[member].reading for member in self._groups.members]
+
+    def _listen(self) -> None:
+        """Count members that do not answer as lost. Before the first step they may be busy loading."""
+        if not self.started or self._last is None:
+            return
+        heartbeat_s = self._config.faults.heartbeat_s
+        watched = [m for m in self._groups.members if m not in self._ended and m not in self._failures]
+        for member in self._fleet.silent(watched, heartbeat_s):
+            self._take(member, Lost(member, f"it did not answer for {heartbeat_s:.1f} s"))
+
+    def _mend(self) -> None:
+        """Let the members that are left form another group where some are lost, or where theirs broke."""
+        losses = {member: failure for member, failure in self._failures.items() if member not in self._lost}
+        left = [m for m in self._groups.members if m not in self._failures and m not in self._ended]
+        if losses:
+            if not self.started or not all(is_survivable(failure) for failure in losses.values()):
+                self._fail()
+            if not left and not self._ended:
+                self._fail()
+            for member, failure in losses.items():
+                self._lose(member, failure)
+            if len(left) < self._config.workers.min:
+                self._fail()
+        elif self._broken_s is None or time.monotonic() - self._broken_s < self._config.faults.heartbeat_s + _SETTLE_S:
+            return
+        if left:
+            self._regroup(left, reason="lost", orderly=False)
+
+    def _lose(self, member: int, failure: Failure) -> None:
+        self._lost.add(member)
+        location = self._locations[member]
+        replaced = self._recruiter.lose(member)
+        after = (
+            "it is replaced once a device is free"
+            if replaced
+            else "it is not replaced: workers.max_restarts is used up"
+        )
+        self._event(
+            run_event(
+                "lost",
+                self._step,
+                f"{describe(failure, location)}; the others go on, {after}",
+                rank=failure.rank,
+                device=location.reading.uuid,
+            )
+        )
+        self._fleet.forget(member)
+
+    def _grow(self) -> None:
+        """Let newcomers that are ready join, once the group has settled."""
+        if not self.started or self._ended or self._stop_by_s is not None:
+            return
+        ready = self._recruiter.advance()
+        self._locations.update(ready)
+        self._joining.extend(ready)
+        if self._joining and not self._groups.pending and not self._failures.keys() - self._lost:
+            joining, self._joining = self._joining, []
+            self._regroup([*self._groups.members, *joining], reason="joined", orderly=True)
+
+    def _regroup(self, members: Sequence[int], *, reason: str, orderly: bool) -> None:
+        """Order members to form the next group, with shares for it."""
+        self._broken_s = None
+        shares = self._keeper.regroup(members, reason=reason)
+        locations = [self._locations[member] for member in members]
+        self._fleet.regroup(self._groups.order(members, locations, shares, orderly=orderly))
+
+    def _entered(self, report: StepReport) -> None:
+        """A group has taken its first step."""
+        before, now = self._groups.members_of(report.group - 1), self._groups.members_of(report.group)
+        self._observer.on_regroup([self._locations[member].reading for member in now])
+        for member in now:
+            if member not in before:
+                location = self._locations[member]
+                where = f"{location.reading.name} on {location.host}, process {location.pid}"
+                self._event(
+                    run_event(
+                        "joined",
+                        report.step - 1,
+                        where,
+                        rank=now.index(member),
+                        device=location.reading.uuid,
+                    )
+                )
+        divided = " + ".join(str(row.share) for row in report.rows)
+        self._event(
+            run_event(
+                "regroup",
+                report.step - 1,
+                f"{len(now)} replicas, shares {divided}, {report.pause_s:.2f} s of pause",
+                group=report.group,
+                pause_s=report.pause_s,
+                devices=device_records([self._locations[member].reading for member in now]),
+            )
+        )
+
     def _fail(self) -> None:
         """Let the other ranks say what they saw, then raise what happened first."""
         until_s = time.monotonic() + _GATHER_S
-        told = {failure.rank for failure in self._failures}
-        while len(told) < len(self._fleet) and time.monotonic() < until_s and self._others_follow():
-            for rank, said in self._fleet.reports(_TICK_S):
-                self._take(rank, said)
-            told = {failure.rank for failure in self._failures}
-        failure = first_failure(self._failures)
+        members = self._groups.members
+        while len(self._failures) < len(members) and time.monotonic() < until_s and self._others_follow():
+            for member, said in self._fleet.reports(_TICK_S):
+                self._take(member, said)
+        failure = first_failure(list(self._failures.values()))
+        (member,) = [one for one, other in self._failures.items() if other is failure]
+        location = self._locations[member]
         error = run_failed(
-            failure,
-            self._locations[failure.rank],
-            started=self.started,
-            resumable=bool(checkpoints(self._checkpoint_folder)),
+            failure, location, started=self.started, resumable=bool(checkpoints(self._checkpoint_folder))
         )
-        device = self._locations[failure.rank].reading.uuid
-        self._event(run_event("failed", self._step, error.message, rank=failure.rank, device=device))
+        self._event(run_event("failed", self._step, error.message, rank=failure.rank, device=location.reading.uuid))
         raise error
 
     def _others_follow(self) -> bool:
         """Whether all failures so far follow from one that has not been told yet."""
-        return all(isinstance(failure, FailureReport) and failure.follows for failure in self._failures)
+        return all(isinstance(failure, FailureReport) and failure.follows for failure in self._failures.values())
 
     def _finish(self) -> dict[str, Any]:
         summary = summary_record(
             last=self._last,
-            score=self._ended[0].score,
+            score=next((report.score for report in self._ended.values() if report.score is not None), None),
             plans=self.final_plans,
             wall_s=time.monotonic() - self._began_s,
             train_s=self._train_s,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from revdist.cluster.actor import Location
 from revdist.cluster.fleet import Lost
-from revdist.errors import RevdistError, RunFailed, UsageError
+from revdist.errors import BudgetTooSmall, DeviceError, RevdistError, RunFailed, UsageError
 from revdist.training.reports import FailureReport
 
 Failure = FailureReport | Lost
@@ -45,11 +45,33 @@ def run_failed(failure: Failure, location: Location, *, started: bool, resumable
     )
 
 
+def is_survivable(failure: Failure) -> bool:
+    """Whether the other ranks can go on: the process or its device is at fault, not what all ranks run alike."""
+    if isinstance(failure, Lost):
+        return True
+    memory = isinstance(failure.error, BudgetTooSmall) or failure.error.facts.get("cause") == "OutOfMemoryError"
+    accelerator = failure.error.facts.get("cause") == "AcceleratorError"
+    return failure.follows or isinstance(failure.error, DeviceError) or memory or accelerator
+
+
+def what_failed(failure: Failure) -> str:
+    """Cause in a few words."""
+    return _explain(failure)[0]
+
+
+def describe(failure: Failure, location: Location) -> str:
+    """Which rank is lost, where it ran, and why."""
+    where = f"rank {failure.rank} on {location.host} ({location.reading.name}, process {location.pid})"
+    return f"{where}: {what_failed(failure)}"
+
+
 def _explain(failure: Failure) -> tuple[str, str, dict[str, object]]:
     """Cause, remedy and facts."""
     if isinstance(failure, FailureReport):
         message, _, remedy = failure.error.message.partition("; ")
         return f"step {failure.step}: {message}", remedy, failure.error.facts
+    if "did not answer" in failure.detail:
+        return failure.detail, "look at the host and the way to it, or set faults.heartbeat_s higher", {}
     code = re.search(r"exit code (\d+)|connection error code \d+", failure.detail)
     if "SIGKILL" in failure.detail or "connection error" in failure.detail or code is None:
         return (

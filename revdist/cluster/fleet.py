@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import ray
@@ -16,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from revdist.cluster.actor import NUM_THREADS, Location, ReplicaActor
 from revdist.cluster.placement import Host, Place
 from revdist.config import CoTenantConfig
-from revdist.training.orders import Assignment, Shares
+from revdist.training.orders import Assignment, Regroup, Shares
 from revdist.training.reports import LogReport, Report
 
 _POLL_S = 5.0
@@ -26,12 +27,12 @@ _LAST_WORDS_S = 2.0
 """Longest wait for what ranks printed at the end."""
 
 _DEATH_S = 5.0
-"""Longest wait for a killed actor to be gone."""
+"""Longest wait for killed actors to be gone."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Lost:
-    """A rank's process is gone."""
+    """A replica's process is gone, or does not answer."""
 
     rank: int
     detail: str
@@ -57,72 +58,131 @@ def hosts() -> list[Host]:
     ]
 
 
+@dataclasses.dataclass(slots=True)
+class _Heart:
+    """When a member was heard and asked last, and the question it has not answered yet."""
+
+    heard_s: float
+    asked_s: float
+    question: Any = None
+
+
 @final
 class Fleet:
-    """One actor per rank."""
+    """The actors of a run by member number: one per replica, those that were lost left out."""
 
     def __init__(self, places: Sequence[Place], *, threads: int) -> None:
-        self._actors = [_create(place, threads) for place in places]
-        self._last = [0] * len(places)
+        self._threads = threads
+        self._actors: dict[int, Any] = {}
+        self._last: dict[int, int] = {}
         self._waiting: dict[Any, int] = {}
+        self._hearts: dict[int, _Heart] = {}
+        self._next = 0
+        self._looked_s = time.monotonic()
+        for place in places:
+            self.add(place)
 
-    def __len__(self) -> int:
-        return len(self._actors)
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(self._actors)
 
-    def locate(self, addresses: Sequence[str]) -> list[Location]:
-        """Where the actors run, with their devices open. Raises what opening a device raises."""
-        calls: list[Any] = [
-            actor.locate.remote(address) for actor, address in zip(self._actors, addresses, strict=True)
-        ]
-        return [self._get(call) for call in calls]
+    def add(self, place: Place) -> int:
+        """Start another actor; returns its member number at once."""
+        member, self._next = self._next, self._next + 1
+        self._actors[member] = _create(place, self._threads)
+        self._last[member] = 0
+        return member
 
-    def start(self, assignments: Sequence[Assignment]) -> None:
-        """Let every replica live."""
-        calls: list[Any] = [actor.start.remote(order) for actor, order in zip(self._actors, assignments, strict=True)]
-        for rank, call in enumerate(calls):
-            self._get(call)
-            self._ask(rank)
+    def locate(self, addresses: Mapping[int, str]) -> list[Location]:
+        """Where actors run, with their devices open. Raises what opening a device raises."""
+        calls = [self.find(member, address) for member, address in addresses.items()]
+        return [self.get(call) for call in calls]
+
+    def find(self, member: int, address: str) -> Any:
+        """Ask an actor where it runs, once its device is open; the answer comes with `get`."""
+        return self._actors[member].locate.remote(address)
+
+    def start(self, assignments: Mapping[int, Assignment]) -> None:
+        """Let replicas live."""
+        calls: list[Any] = [self._actors[member].start.remote(order) for member, order in assignments.items()]
+        for member, call in zip(assignments, calls, strict=True):
+            self.get(call)
+            self._ask(member)
 
     def reports(self, timeout_s: float) -> Iterator[tuple[int, list[Report] | Lost]]:
-        """What ranks have to say, as soon as one has something; nothing where the time passes first."""
+        """What members have to say, as soon as one has something; nothing where the time passes first."""
         if not self._waiting:
+            time.sleep(timeout_s)
             return
         ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=timeout_s)
         for call in ready:
-            rank = self._waiting.pop(call)
-            try:
-                self._last[rank], reports = ray.get(call)
-            except RayActorError as error:
-                yield rank, Lost(rank, str(error))
+            member = self._waiting.pop(call)
+            if member not in self._actors:
                 continue
-            yield rank, reports
-            self._ask(rank)
+            try:
+                self._last[member], reports = ray.get(call)
+            except RayActorError as error:
+                yield member, Lost(member, str(error))
+                continue
+            self._hear(member)
+            yield member, reports
+            self._ask(member)
 
-    def dismiss(self, rank: int) -> None:
-        """Ask a rank for nothing more: it has said its last word."""
-        self._waiting = {call: other for call, other in self._waiting.items() if other != rank}
+    def silent(self, members: Collection[int], heartbeat_s: float) -> list[int]:
+        """Those members that have not answered for `heartbeat_s`. To be called several times in that time."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s > heartbeat_s / 2:  # this process was held up itself, and heard nobody
+            self._hearts.clear()
+        self._looked_s = now_s
+        for member in list(self._hearts):
+            if member not in members:
+                del self._hearts[member]
+        for member in members:
+            if member not in self._hearts:
+                self._hearts[member] = _Heart(heard_s=now_s, asked_s=0.0)
+        self._listen(now_s, every_s=heartbeat_s / 8)
+        return [member for member, heart in self._hearts.items() if now_s - heart.heard_s > heartbeat_s]
 
-    def adopt(self, shares: Shares) -> None:
-        """Publish a generation to every rank; they adopt it together at a step boundary."""
-        for actor in self._actors:
-            actor.adopt.remote(shares)
+    def dismiss(self, member: int) -> None:
+        """Ask a member for nothing more: it has said its last word."""
+        self._waiting = {call: other for call, other in self._waiting.items() if other != member}
+
+    def adopt(self, shares: Shares, members: Sequence[int]) -> None:
+        """Publish a generation to the members of the group; they adopt it together at a step boundary."""
+        for member in members:
+            self._actors[member].adopt.remote(shares)
+
+    def regroup(self, orders: Mapping[int, Regroup]) -> None:
+        """Let members form another group."""
+        for member, order in orders.items():
+            self._actors[member].regroup.remote(order)
 
     def stop(self, reason: str) -> None:
-        """Ask every rank to save and leave at the next step boundary."""
-        for actor in self._actors:
+        """Ask every member to save and leave at the next step boundary."""
+        for actor in self._actors.values():
             actor.stop.remote(reason)
 
-    def start_co_tenant(self, rank: int, co_tenant: CoTenantConfig) -> int:
-        """Start a co-tenant on a rank's host; returns its pid."""
-        pid: int = self._get(self._actors[rank].start_co_tenant.remote(co_tenant))
+    def start_co_tenant(self, member: int, co_tenant: CoTenantConfig) -> int:
+        """Start a co-tenant on a member's host; returns its pid."""
+        pid: int = self.get(self._actors[member].start_co_tenant.remote(co_tenant))
         return pid
 
-    def end_co_tenant(self, rank: int, co_tenant: CoTenantConfig) -> None:
-        self._get(self._actors[rank].end_co_tenant.remote(co_tenant))
+    def end_co_tenant(self, member: int, co_tenant: CoTenantConfig) -> None:
+        """Let a co-tenant give its memory back; it has, where the member that started it is lost."""
+        if member in self._actors:
+            self.get(self._actors[member].end_co_tenant.remote(co_tenant))
+
+    def forget(self, member: int) -> None:
+        """End a member's actor, which need not answer any more, and do without it."""
+        actor = self._actors.pop(member, None)
+        self._hearts.pop(member, None)
+        self.dismiss(member)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
 
     def rest_of_logs(self) -> Iterator[tuple[int, LogReport]]:
         """What ranks have printed and not reported yet; nothing of those that do not answer."""
-        calls: dict[Any, int] = {actor.rest_of_log.remote(): rank for rank, actor in enumerate(self._actors)}
+        calls: dict[Any, int] = {actor.rest_of_log.remote(): member for member, actor in self._actors.items()}
         ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LAST_WORDS_S)
         for call in ready:
             with contextlib.suppress(RayActorError, RayTaskError):
@@ -132,22 +192,49 @@ class Fleet:
 
     def kill(self) -> None:
         """End every actor, and what it started, and wait until they are gone."""
-        for actor in self._actors:
+        actors = list(self._actors.values())
+        for actor in actors:
             ray.kill(actor, no_restart=True)
         self._waiting.clear()
-        for actor in self._actors:
+        self._actors.clear()
+        for actor in actors:
             with contextlib.suppress(RayActorError, GetTimeoutError):
-                ray.get(actor.status.remote(), timeout=_DEATH_S)
-
-    def _ask(self, rank: int) -> None:
-        self._waiting[self._actors[rank].reports.remote(self._last[rank], _POLL_S)] = rank
+                ray.get(actor.answer.remote(), timeout=_DEATH_S)
 
     @staticmethod
-    def _get(call: Any) -> Any:
+    def get(call: Any) -> Any:
+        """The answer to a call. Raises what it raised in the actor."""
         try:
             return ray.get(call)
         except RayTaskError as error:
             raise error.cause from None
+
+    @staticmethod
+    def has_come(call: Any) -> bool:
+        """Whether the answer to a call, or its failure, is there."""
+        return bool(ray.wait([call], timeout=0)[0])
+
+    def _ask(self, member: int) -> None:
+        if member in self._actors:
+            self._waiting[self._actors[member].reports.remote(self._last[member], _POLL_S)] = member
+
+    def _hear(self, member: int) -> None:
+        if member in self._hearts:
+            self._hearts[member].heard_s = time.monotonic()
+
+    def _listen(self, now_s: float, *, every_s: float) -> None:
+        """Take the answers that have come, and ask again where the last question is a while ago."""
+        questions = {heart.question: heart for heart in self._hearts.values() if heart.question is not None}
+        answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=0) if questions else ([], [])
+        for question in answered:
+            heart = questions[question]
+            heart.question = None
+            with contextlib.suppress(RayActorError):  # that it died is said where its reports are asked for
+                ray.get(question)
+                heart.heard_s = max(heart.heard_s, now_s)
+        for member, heart in self._hearts.items():
+            if heart.question is None and now_s - heart.asked_s >= every_s:
+                heart.asked_s, heart.question = now_s, self._actors[member].answer.remote()
 
 
 def _create(place: Place, threads: int) -> Any:

@@ -58,6 +58,38 @@ def place(config: RunConfig, hosts: Sequence[Host]) -> tuple[Place, ...]:
     )
 
 
+def place_another(
+    config: RunConfig, hosts: Sequence[Host], taken: Sequence[Place], lost: Sequence[Place], *, rank: int
+) -> Place | None:
+    """A place for one more replica of a run under way; None where there is none now.
+
+    The device of a replica that was lost, where it has come back, on any host that has room; with
+    `devices: auto` also a device that the run had not before.
+    """
+    for before in lost:
+        nearby = sorted(hosts, key=lambda host: host.node_id != before.node_id)
+        for host in nearby:
+            if _fits(config, host, before.spec) and not _is_taken(host, before.spec, taken):
+                return Place(rank=rank, node_id=host.node_id, address=host.address, spec=before.spec)
+    if config.devices != "auto":
+        return None
+    used = {place.node_id for place in taken}
+    on_gpus = any(place.spec.kind == "cuda" for place in (*taken, *lost))
+    spec = DeviceSpec(kind="cuda") if on_gpus else DeviceSpec(kind="cpu", name="cpu-0")
+    for host in hosts:
+        if (on_gpus or host.node_id not in used) and _fits(config, host, spec):
+            return Place(rank=rank, node_id=host.node_id, address=host.address, spec=spec)
+    return None
+
+
+def _fits(config: RunConfig, host: Host, spec: DeviceSpec) -> bool:
+    return host.cpus >= config.threads_per_worker and (spec.kind == "cpu" or host.gpus >= 1)
+
+
+def _is_taken(host: Host, spec: DeviceSpec, taken: Sequence[Place]) -> bool:
+    return spec.kind == "cpu" and any(place.node_id == host.node_id and place.spec.name == spec.name for place in taken)
+
+
 def _automatic(hosts: Sequence[Host]) -> list[DeviceSpec]:
     """Every free GPU, else one CPU device a host."""
     gpus = [DeviceSpec(kind="cuda") for host in hosts for _ in range(int(host.gpus))]

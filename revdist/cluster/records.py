@@ -13,7 +13,7 @@ from revdist.training.reports import EventReport, PlanReport, Score, StepReport
 from revdist.training.row import Row
 
 
-def step_record(report: StepReport, plans: Mapping[int, Sequence[PlanReport]]) -> dict[str, Any]:
+def step_record(report: StepReport, plans: Sequence[Sequence[PlanReport]]) -> dict[str, Any]:
     """A line of metrics.jsonl. plans: per rank, those it adopted, in order."""
     samples = sum(row.samples for row in report.rows)
     return {
@@ -26,9 +26,7 @@ def step_record(report: StepReport, plans: Mapping[int, Sequence[PlanReport]]) -
         "step_s": report.step_s,
         "samples_per_s": samples / report.step_s,
         "pause_s": report.pause_s,
-        "ranks": [
-            _rank_record(rank, row, _plan_at(plans.get(rank, ()), report.step)) for rank, row in enumerate(report.rows)
-        ],
+        "ranks": [_rank_record(rank, row, _plan_at(plans[rank], report.step)) for rank, row in enumerate(report.rows)],
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from revdist.cluster.actor import Location
@@ -16,7 +16,7 @@ from revdist.errors import ConfigError, format_bytes
 class Rehearsal:
     """Starts and ends the co-tenants that a configuration lists, on the hosts of their devices."""
 
-    def __init__(self, co_tenants: Sequence[CoTenantConfig], locations: Sequence[Location], fleet: Fleet) -> None:
+    def __init__(self, co_tenants: Sequence[CoTenantConfig], locations: Mapping[int, Location], fleet: Fleet) -> None:
         """Raises ConfigError where a co-tenant names a device that no replica runs on."""
         self._fleet = fleet
         self._ranks = [_rank_of(co_tenant, locations) for co_tenant in co_tenants]
@@ -43,9 +43,9 @@ class Rehearsal:
         return run_event("co-tenant", step, detail, rank=rank, device=self._uuids[number])
 
 
-def _rank_of(co_tenant: CoTenantConfig, locations: Sequence[Location]) -> int:
-    for rank, location in enumerate(locations):
+def _rank_of(co_tenant: CoTenantConfig, locations: Mapping[int, Location]) -> int:
+    for rank, location in locations.items():
         if location.reading.kind == "cpu" and location.reading.name == co_tenant.device:
             return rank
-    names = ", ".join(location.reading.name for location in locations)
+    names = ", ".join(location.reading.name for location in locations.values())
     raise ConfigError(f"co_tenants: no replica runs on device {co_tenant.device!r}, only on {names}")

@@ -22,32 +22,34 @@ _LEAST_S = 1e-9
 
 @final
 class ShareKeeper:
-    """Keeps every rank's curve and the shares in force."""
+    """Keeps every member's curve and the shares in force, which are those of the members of the group."""
 
-    def __init__(self, config: RunConfig, world_size: int) -> None:
+    def __init__(self, config: RunConfig, members: Sequence[int]) -> None:
+        """members: of the first group, in rank order."""
         self._config = config
-        self._world_size = world_size
+        self._members = tuple(members)
         self._curves: dict[int, StepTimeCurve] = {}
         self._inverted: dict[int, StepTimeCurve] = {}
-        self._factors = [1.0] * world_size
-        self._times: list[deque[float]] = [deque(maxlen=_WINDOW) for _ in range(world_size)]
+        self._factors: dict[int, float] = {}
+        self._times: dict[int, deque[float]] = {}
         self.shares: Shares | None = None
-        """None before every rank's first curve."""
+        """None before every member's first curve."""
 
-    def take_curve(self, report: CurveReport) -> Shares | None:
-        """A rank can start, or its memory has changed: the first shares, or new ones where they are worth a change.
+    def take_curve(self, member: int, report: CurveReport) -> Shares | None:
+        """A member can start, or its memory has changed: the first shares, or new ones where they are worth a change.
 
-        The first shares wait for every rank, but not for the solver: they are equal, unless they can never change.
+        The first shares wait for every member, but not for the solver: they are equal, unless they can never change.
         """
-        self._curves[report.rank] = report.curve
+        self._curves[member] = report.curve
         if report.inverted is not None:
-            self._inverted[report.rank] = report.inverted
-        self._forget_times()
-        if len(self._curves) < self._world_size:
+            self._inverted[member] = report.inverted
+        if member not in self._members:
+            return None
+        self._times.clear()
+        if any(one not in self._curves for one in self._members):
             return None
         if self.shares is None:
-            first = equal_split(self._config.global_batch, self._world_size) if self._may_change else self._best()
-            return self._publish(first, reason="start")
+            return self._publish(self._equal() if self._may_change else self._best(), reason="start")
         if not self._may_change or not self._all_solved:
             return None
         best, now = self._best(), self.shares.by_rank
@@ -55,6 +57,11 @@ class ShareKeeper:
         if best == now or gain < self._config.replan.min_change:
             return None
         return self._publish(best, reason="share")
+
+    def regroup(self, members: Sequence[int], *, reason: str) -> Shares:
+        """Shares of another group, in the order of its ranks. Every member's curve is known."""
+        self._members = tuple(members)
+        return self._publish(self._best() if self._may_change else self._equal(), reason=reason)
 
     def take_rows(self, rows: Sequence[Row]) -> Shares | None:
         """A step is done: new shares if measured times have called for them throughout a window."""
@@ -65,21 +72,21 @@ class ShareKeeper:
             or any(row.generation != self.shares.generation for row in rows)
         ):
             return None
-        for times, row in zip(self._times, rows, strict=True):
-            times.append(row.compute_s)
-        if len(self._times[0]) < _WINDOW:
+        for member, row in zip(self._members, rows, strict=True):
+            self._times.setdefault(member, deque(maxlen=_WINDOW)).append(row.compute_s)
+        if len(self._times[self._members[0]]) < _WINDOW:
             return None
         better = resplit(
             self._in_order(self._curves),
             self.shares.by_rank,
-            [list(times) for times in self._times],
+            [list(self._times[member]) for member in self._members],
             min_gain=max(0.05, self._config.replan.min_change),
             window=_WINDOW,
         )
-        self._forget_times()
+        self._times.clear()
         if better is None:
             return None
-        self._factors = list(better.factors)
+        self._factors.update(zip(self._members, better.factors, strict=True))
         return self._publish(better.shares, reason="share")
 
     def gains(self) -> dict[str, float | str]:
@@ -91,7 +98,7 @@ class ShareKeeper:
             return {}
         curves, inverted = self._in_order(self._curves), self._in_order(self._inverted)
         planned_s = max(slowest_s(curves, self.shares.by_rank), _LEAST_S)
-        equal = equal_split(self._config.global_batch, self._world_size)
+        equal = self._equal()
         inverted_s = slowest_s(inverted, split(inverted, self._config.global_batch))
         return {
             "over_all_invert": max(inverted_s, _LEAST_S) / planned_s,
@@ -101,32 +108,30 @@ class ShareKeeper:
 
     @property
     def _all_solved(self) -> bool:
-        """Whether every rank's curve is the solver's, not that of a first plan."""
-        return len(self._inverted) == self._world_size
+        """Whether every member's curve is the solver's, not that of a first plan."""
+        return all(member in self._inverted for member in self._members)
 
     @property
     def _may_change(self) -> bool:
-        return self._config.replan.shares and self._config.planning.share == "auto" and self._world_size > 1
+        return self._config.replan.shares and self._config.planning.share == "auto" and len(self._members) > 1
 
     def _best(self) -> tuple[int, ...]:
         if self._config.planning.share == "equal":
-            return equal_split(self._config.global_batch, self._world_size)
+            return self._equal()
         return split(self._corrected(), self._config.global_batch)
+
+    def _equal(self) -> tuple[int, ...]:
+        return equal_split(self._config.global_batch, len(self._members))
 
     def _corrected(self) -> list[StepTimeCurve]:
         """Curves as measured steps say they are: a profile cannot know of a neighbour that came later."""
-        curves = self._in_order(self._curves)
-        return [curve.scaled(factor) for curve, factor in zip(curves, self._factors, strict=True)]
+        return [self._curves[member].scaled(self._factors.get(member, 1.0)) for member in self._members]
 
     def _publish(self, by_rank: tuple[int, ...], *, reason: str) -> Shares:
         generation = 0 if self.shares is None else self.shares.generation + 1
         self.shares = Shares(generation=generation, by_rank=by_rank, reason=reason)
-        self._forget_times()
+        self._times.clear()
         return self.shares
 
-    def _forget_times(self) -> None:
-        for times in self._times:
-            times.clear()
-
     def _in_order(self, curves: dict[int, StepTimeCurve]) -> list[StepTimeCurve]:
-        return [curves[rank] for rank in range(self._world_size)]
+        return [curves[member] for member in self._members]

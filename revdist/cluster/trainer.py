@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from revdist.cluster.fleet import Fleet
     from revdist.cluster.placement import Place
     from revdist.planning.costs import Plan
-    from revdist.training.orders import Assignment
+    from revdist.training.orders import Assignment, Rendezvous
 
 _RESOURCES_S = 2.0
 """Ray needs a moment to count as free what a run before this one has left."""
@@ -111,6 +111,7 @@ class Trainer:
     def _fit(self, claim: RunClaim, stop: StopRequest) -> Result:
         # Ray is connected by now, and its modules can be imported.
         from revdist.cluster.controller import Controller
+        from revdist.cluster.groups import Groups
         from revdist.cluster.logs import LogFiles
         from revdist.cluster.metrics import RunMetrics
         from revdist.training.run_directory import RunWriter
@@ -122,15 +123,21 @@ class Trainer:
         observer = Observers(claim, logs, RunMetrics(self.config.name), self.observer)
         controller: Controller | None = None
         try:
-            locations = _locate(places, fleet)
-            observer.on_start(run_dir, [location.reading for location in locations])
-            fleet.start(self._assignments(places, locations, run_dir))
+            locations = dict(zip(fleet.members, _locate(places, fleet), strict=True))
+            observer.on_start(run_dir, [location.reading for location in locations.values()])
+            groups = Groups(f"revdist-{uuid.uuid4().hex[:12]}")
+            meetings = groups.meet(list(locations), list(locations.values()))
+            assign = functools.partial(self._assignment, run_dir, len(places))
+            fleet.start({member: assign(meeting) for member, meeting in zip(locations, meetings, strict=True)})
             controller = Controller(
                 self.config,
                 fleet,
+                groups,
                 locations,
+                dict(zip(fleet.members, places, strict=True)),
                 writer,
                 observer,
+                assign=assign,
                 checkpoint_folder=self._checkpoint_folder(run_dir),
                 stop_reason=stop,
             )
@@ -157,33 +164,16 @@ class Trainer:
                     raise
             time.sleep(0.1)
 
-    def _assignments(self, places: Sequence[Place], locations: Sequence[Location], run_dir: Path) -> list[Assignment]:
-        from revdist.training.orders import Assignment, Rendezvous
+    def _assignment(self, run_dir: Path, world_size: int, rendezvous: Rendezvous | None = None) -> Assignment:
+        from revdist.training.orders import Assignment
 
-        prefix = f"revdist-{uuid.uuid4().hex[:12]}/0"
-        on_host: Counter[str] = Counter()
-        assignments = []
-        for place, location in zip(places, locations, strict=True):
-            rendezvous = Rendezvous(
-                host=locations[0].address,
-                port=locations[0].store_port,
-                prefix=prefix,
-                rank=place.rank,
-                world_size=len(places),
-                local_rank=on_host[place.node_id],
-                address=location.address,
-            )
-            on_host[place.node_id] += 1
-            assignments.append(
-                Assignment(
-                    config=self.config,
-                    rendezvous=rendezvous,
-                    world_size=len(places),
-                    checkpoints=self._checkpoint_folder(run_dir),
-                    resume=self.resume,
-                )
-            )
-        return assignments
+        return Assignment(
+            config=self.config,
+            rendezvous=rendezvous,
+            world_size=world_size,
+            checkpoints=self._checkpoint_folder(run_dir),
+            resume=self.resume,
+        )
 
     def _check_batch(self) -> None:
         """Raise BatchTooSmall before anything is started, where the devices are listed."""
@@ -248,4 +238,4 @@ class Trainer:
 
 
 def _locate(places: Sequence[Place], fleet: Fleet) -> list[Location]:
-    return fleet.locate([place.address for place in places])
+    return fleet.locate({member: place.address for member, place in zip(fleet.members, places, strict=True)})

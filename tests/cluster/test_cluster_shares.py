@@ -27,7 +27,7 @@ def report(rank: int, sample_s: float, reason: str = "start") -> CurveReport:
 
 
 def keeper(**changes: Any) -> ShareKeeper:
-    return ShareKeeper(RunConfig.from_mapping(settings(global_batch=BATCH, **changes)), 2)
+    return ShareKeeper(RunConfig.from_mapping(settings(global_batch=BATCH, **changes)), (0, 1))
 
 
 def rows(shares: tuple[int, ...], seconds: tuple[float, ...], generation: int) -> list[Row]:
@@ -39,15 +39,15 @@ def started(*sample_s: float, **changes: Any) -> ShareKeeper:
     kept = keeper(**changes)
     for reason in ("start", "profile"):
         for rank, seconds in enumerate(sample_s):
-            kept.take_curve(report(rank, seconds, reason))
+            kept.take_curve(rank, report(rank, seconds, reason))
     return kept
 
 
 def test_the_first_shares_wait_for_every_rank_and_not_for_the_solver() -> None:
     kept = keeper()
-    assert kept.take_curve(report(1, 0.02)) is None
+    assert kept.take_curve(1, report(1, 0.02)) is None
     assert kept.shares is None
-    first = kept.take_curve(report(0, 0.01))
+    first = kept.take_curve(0, report(0, 0.01))
     assert first is not None
     assert (first.generation, first.by_rank, first.reason) == (0, (30, 30), "start")
     assert kept.gains() == {}
@@ -56,9 +56,9 @@ def test_the_first_shares_wait_for_every_rank_and_not_for_the_solver() -> None:
 def test_shares_follow_speed_once_every_rank_has_its_plan() -> None:
     kept = keeper()
     for rank in (0, 1):
-        kept.take_curve(report(rank, 0.01))
-    assert kept.take_curve(report(1, 0.02, "profile")) is None
-    following = kept.take_curve(report(0, 0.01, "profile"))
+        kept.take_curve(rank, report(rank, 0.01))
+    assert kept.take_curve(1, report(1, 0.02, "profile")) is None
+    following = kept.take_curve(0, report(0, 0.01, "profile"))
     assert following is not None
     assert (following.generation, following.by_rank, following.reason) == (1, (40, 20), "share")
 
@@ -73,22 +73,22 @@ def test_equal_shares_can_be_asked_for() -> None:
     kept = started(0.01, 0.02, planning={"share": "equal"})
     assert kept.shares is not None
     assert kept.shares.by_rank == (30, 30)
-    assert kept.take_curve(report(1, 0.05, "memory-lost")) is None
+    assert kept.take_curve(1, report(1, 0.05, "memory-lost")) is None
 
 
 def test_a_device_that_becomes_slower_for_want_of_memory_gets_less() -> None:
     kept = started(0.01, 0.01)
-    following = kept.take_curve(report(1, 0.02, "memory-lost"))
+    following = kept.take_curve(1, report(1, 0.02, "memory-lost"))
     assert following is not None
     assert (following.generation, following.by_rank) == (1, (40, 20))
 
 
 def test_a_gain_that_is_too_small_changes_nothing() -> None:
-    assert started(0.01, 0.01).take_curve(report(1, 0.0102, "memory-lost")) is None
+    assert started(0.01, 0.01).take_curve(1, report(1, 0.0102, "memory-lost")) is None
 
 
 def test_shares_stay_where_they_may_not_change() -> None:
-    assert started(0.01, 0.01, replan={"shares": False}).take_curve(report(1, 0.03, "memory-lost")) is None
+    assert started(0.01, 0.01, replan={"shares": False}).take_curve(1, report(1, 0.03, "memory-lost")) is None
 
 
 def test_measured_times_change_shares_once_they_persist() -> None:
@@ -107,7 +107,7 @@ def test_one_slow_step_is_noise() -> None:
 
 def test_steps_under_other_shares_do_not_count() -> None:
     kept = started(0.01, 0.01)
-    kept.take_curve(report(1, 0.02, "memory-lost"))
+    kept.take_curve(1, report(1, 0.02, "memory-lost"))
     assert all(kept.take_rows(rows((30, 30), (0.3, 0.9), 0)) is None for _ in range(40))
 
 

@@ -1,0 +1,138 @@
+"""Bringing devices into a run under way: those that were lost and are back, and those that join the cluster.
+
+A newcomer starts, builds the model and measures its device beside the run, which does not wait. Once it
+has reported its step-time curve it is ready, and joins at a step boundary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+from ray.exceptions import RayActorError
+
+from revdist.cluster.actor import Location
+from revdist.cluster.fleet import Fleet, hosts
+from revdist.cluster.placement import Place, place_another
+from revdist.config import RunConfig
+from revdist.errors import RevdistError
+from revdist.training.orders import Assignment
+
+_LOOK_S = 1.0
+"""Seconds between looks for a free device."""
+_BACKOFF_S = (2.0, 5.0, 15.0, 60.0)
+"""Pauses after a newcomer that failed before it joined: its device may need time."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Newcomer:
+    place: Place
+    found: Any
+    """Answer to the question where it runs, as it comes."""
+    location: Location | None = None
+    ready: bool = False
+
+
+@final
+class Recruiter:
+    """Finds and prepares newcomers, one at a time."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        fleet: Fleet,
+        places: Mapping[int, Place],
+        *,
+        assign: Callable[[], Assignment],
+        tell: Callable[[str], None],
+    ) -> None:
+        """places: of the members that the run started with. assign: what a newcomer is to do.
+        tell: called with a line about a newcomer that could not be used.
+        """
+        self._config = config
+        self._fleet = fleet
+        self._places = dict(places)
+        self._assign = assign
+        self._tell = tell
+        self._lost: list[Place] = []
+        self._restarts = 0
+        self._failed = 0
+        self._newcomers: dict[int, _Newcomer] = {}
+        self._next_look_s = 0.0
+
+    @property
+    def most_members(self) -> int:
+        """Replicas that the run may have."""
+        limits = [self._config.global_batch]
+        if self._config.workers.max is not None:
+            limits.append(self._config.workers.max)
+        if self._config.devices != "auto":
+            limits.append(len(self._config.devices))
+        return min(limits)
+
+    def lose(self, member: int) -> bool:
+        """A member is lost; whether it will be replaced where a device is found."""
+        self._lost.append(self._places.pop(member))
+        self._next_look_s = time.monotonic() + _LOOK_S
+        return self._restarts < self._config.workers.max_restarts
+
+    def is_newcomer(self, member: int) -> bool:
+        return member in self._newcomers
+
+    def fail(self, member: int, why: str) -> None:
+        """A newcomer is of no use: try again later."""
+        newcomer = self._newcomers.pop(member)
+        self._places.pop(member, None)
+        self._lost.append(newcomer.place)
+        self._fleet.forget(member)
+        pause_s = _BACKOFF_S[min(self._failed, len(_BACKOFF_S) - 1)]
+        self._failed += 1
+        self._next_look_s = time.monotonic() + pause_s
+        self._tell(f"{newcomer.place.spec.name or 'a device'} on {newcomer.place.address} did not join: {why}")
+
+    def is_ready(self, member: int) -> None:
+        """A newcomer has reported its curve."""
+        self._newcomers[member].ready = True
+
+    def advance(self) -> dict[int, Location]:
+        """Do what can be done without waiting; returns newcomers that are ready, and are so no more."""
+        for member, newcomer in list(self._newcomers.items()):
+            if newcomer.location is None and self._fleet.has_come(newcomer.found):
+                self._start(member, newcomer)
+        if not self._newcomers and time.monotonic() >= self._next_look_s:
+            self._next_look_s = time.monotonic() + _LOOK_S
+            self._look()
+        ready = {m: n.location for m, n in self._newcomers.items() if n.ready and n.location is not None}
+        for member in ready:
+            del self._newcomers[member]
+        return ready
+
+    def _look(self) -> None:
+        if len(self._places) >= self.most_members or not self._may_look:
+            return
+        lost = self._lost if self._restarts < self._config.workers.max_restarts else []
+        place = place_another(self._config, hosts(), tuple(self._places.values()), lost, rank=-1)
+        if place is None:
+            return
+        for before in lost:
+            if before.spec == place.spec:
+                self._lost.remove(before)
+                self._restarts += 1
+                break
+        member = self._fleet.add(place)
+        self._places[member] = place
+        self._newcomers[member] = _Newcomer(place, self._fleet.find(member, place.address))
+
+    @property
+    def _may_look(self) -> bool:
+        """Whether a look can find anything: asking the cluster is not free."""
+        return bool(self._lost) or self._config.devices == "auto"
+
+    def _start(self, member: int, newcomer: _Newcomer) -> None:
+        try:
+            newcomer.location = self._fleet.get(newcomer.found)
+            self._fleet.start({member: self._assign()})
+        except (RayActorError, RevdistError) as error:
+            self.fail(member, str(error).splitlines()[0])
