@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, final
 
-from revdist.errors import CheckpointError
+from revdist.errors import ConfigError
 
 LAST_FILE = "progress.json"
 _PART = ".part"
@@ -121,16 +121,16 @@ class UrlFolder(Folder):
     """A folder behind an fsspec file system."""
 
     def __init__(self, url: str) -> None:
-        """Raises CheckpointError for a URL that nothing installed can open."""
+        """Raises ConfigError for a URL that nothing installed can open."""
         import fsspec
 
         self._url = url.rstrip("/")
         try:
             self._fs, root = fsspec.url_to_fs(self._url)
         except ImportError as error:
-            raise CheckpointError(f"checkpoint.location {url!r}: {error}") from None
+            raise ConfigError(f"checkpoint.location {url!r}: {error}") from None
         except ValueError as error:
-            raise CheckpointError(
+            raise ConfigError(
                 f"checkpoint.location {url!r} is not a URL that fsspec opens: {error}; give a folder, or one such as "
                 "s3://bucket/run"
             ) from None
@@ -181,7 +181,7 @@ class UrlFolder(Folder):
 def open_folder(place: Place) -> Folder:
     """The folder at a place, which need not exist yet; `file://` is a local path.
 
-    Raises CheckpointError for a URL that nothing installed can open.
+    Raises ConfigError for a URL that nothing installed can open.
     """
     text = os.fspath(place)
     if text.startswith("file://"):

@@ -31,10 +31,21 @@ def test_resuming_needs_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
         revdist.Trainer(settings(), resume=True, run_dir=tmp_path).fit()
 
 
-def test_a_url_for_checkpoints_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    trainer = revdist.Trainer(settings(checkpoint={"location": "s3://bucket/run"}), run_dir=tmp_path, resume=True)
-    with pytest.raises(ConfigError, match="give a folder"):
-        trainer.fit()
+def test_a_location_that_nothing_opens_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    for resume in (False, True):
+        trainer = revdist.Trainer(settings(checkpoint={"location": "nosuch://x"}), run_dir=tmp_path, resume=resume)
+        with pytest.raises(ConfigError, match="not a URL that fsspec opens"):
+            trainer.fit()
+
+
+def test_a_location_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "step-000000007").mkdir()
+    (tmp_path / "step-000000007" / "progress.json").write_text("{}")
+    for location in (str(tmp_path), f"file://{tmp_path}", f"local://{tmp_path}"):
+        trainer = revdist.Trainer(settings(checkpoint={"location": location}), run_dir=tmp_path / "run")
+        with pytest.raises(ConfigError, match="already holds step-000000007 of another run"):
+            trainer.fit()
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_public_name_is_there() -> None:

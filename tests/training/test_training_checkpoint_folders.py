@@ -10,7 +10,7 @@ import fsspec
 import pytest
 import torch
 
-from revdist.errors import CheckpointError
+from revdist.errors import CheckpointError, ConfigError
 from revdist.training import checkpoint
 from revdist.training.checkpoint_files import Checkpoint, Progress, checkpoints, newest_whole, prune
 from revdist.training.checkpoint_folders import Folder, LocalFolder, UrlFolder, open_folder
@@ -193,5 +193,5 @@ def test_an_index_leads_nowhere_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("url", "why"), [("nosuch://x/y", "not a URL that fsspec opens"), ("s3://bucket/x", "s3fs")])
 def test_a_url_that_nothing_opens_says_so(url: str, why: str) -> None:
-    with pytest.raises(CheckpointError, match=why):
+    with pytest.raises(ConfigError, match=why):
         open_folder(url)
