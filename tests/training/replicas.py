@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,11 +63,14 @@ def run_replicas(
     *,
     resume: bool = False,
     stop_after: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Train one replica per configuration; `shares` are the generations, published one after another.
 
     The first generation starts the run and each later one is published once a step has been taken
-    under the one before it. stop_after: ask rank 1 to stop once so many steps are taken.
+    under the one before it.
+    stop_after: ask the last rank to stop once so many steps are taken
+    environment: set in every replica's process
     """
     context = _processes()
     listener = listen("127.0.0.1")
@@ -90,7 +94,14 @@ def run_replicas(
         )
         process = context.Process(
             target=_live,
-            args=(assignment, listener if rank == 0 else None, [tuple(s) for s in shares], stop_after, theirs),
+            args=(
+                assignment,
+                listener if rank == 0 else None,
+                [tuple(s) for s in shares],
+                stop_after,
+                dict(environment or {}),
+                theirs,
+            ),
         )
         process.start()
         pipes.append(ours)
@@ -128,8 +139,10 @@ def _live(
     listener: socket.socket | None,
     shares: Sequence[tuple[int, ...]],
     stop_after: int | None,
+    environment: Mapping[str, str],
     pipe: Any,
 ) -> None:
+    os.environ.update(environment)
     from revdist.devices import open_device
     from revdist.training.loop import Loop
     from revdist.training.replica import Replica
@@ -139,7 +152,7 @@ def _live(
     device = open_device(kind="cpu", name=f"cpu-{rank}", capacity_bytes=_capacity(assignment.config, rank))
     inbox, outbox = Inbox(), Outbox()
     inbox.adopt(Shares(generation=0, by_rank=shares[0], reason="start"))
-    _after_each_step(Loop, inbox, shares, stop_after if rank == 1 else None)
+    _after_each_step(Loop, inbox, shares, stop_after if rank == len(shares[0]) - 1 else None)
     Replica(assignment, device, inbox, outbox, listener).run()
     pipe.send(outbox.read(0, timeout_s=0)[1])
 
