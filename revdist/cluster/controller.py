@@ -401,6 +401,7 @@ class Controller:
             train_s=self._train_s,
             samples=self._samples,
             gains=self._keeper.gains(),
+            identical=len({report.digest for report in self._ended.values()}) == 1,
         )
         self._event(run_event("end", self._step, "done"))
         self._writer.summary(summary)

@@ -90,8 +90,12 @@ def summary_record(
     train_s: float,
     samples: int,
     gains: Mapping[str, Any],
+    identical: bool,
 ) -> dict[str, Any]:
-    """What summary.json holds. last: the last line of metrics.jsonl; samples, train_s: of this session."""
+    """What summary.json holds. last: the last line of metrics.jsonl; samples, train_s: of this session.
+
+    identical: whether all replicas ended with the same parameters, to the bit.
+    """
     return {
         "test_accuracy": None if score is None else score.accuracy,
         "test_loss": None if score is None else score.loss,
@@ -112,6 +116,7 @@ def summary_record(
             for plan in plans
         ],
         "gains": dict(gains),
+        "replicas_identical": identical,
     }
 
 

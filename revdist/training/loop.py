@@ -86,6 +86,7 @@ class Loop:
         self._adopt_plan(self.plan)
         self._step_began_s = time.perf_counter()
         self._pause_s = 0.0
+        self._failure: Exception | None = None
 
     @property
     def need_bytes(self) -> int:
@@ -142,8 +143,14 @@ class Loop:
     def close(self) -> None:
         self._local.close()
 
+    def fail(self, error: Exception) -> None:
+        """Let the next step raise this, from any thread: the device is of no use any more."""
+        self._failure = error
+
     def _take_step(self) -> Sequence[Row]:
         """One step, redone until all ranks could do their part."""
+        if self._failure is not None:
+            raise self._failure
         while True:
             self._adopt_local_replan()
             try:

@@ -15,14 +15,13 @@ from typing import final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from revdist.errors import RunFailed
 from revdist.training.group import Group, is_broken
 from revdist.training.loop import Loop, Trained
 from revdist.training.orders import Inbox, Regroup
 from revdist.training.reports import BrokenReport, Outbox, StepReport
-from revdist.training.state import send_state
+from revdist.training.state import digest, send_state
 
 PATIENCE_S = 90.0
 """Longest wait for the order to form another group: a supervisor that died is back by then."""
@@ -102,7 +101,7 @@ class Membership:
 
     def _share_state(self, step: int, reports: Sequence[StepReport]) -> tuple[int, Sequence[StepReport]]:
         """Bring every rank to the highest step among them; returns it, with the last reports of who was there."""
-        own = torch.tensor([step, 0 if step == _NEWCOMER else self._digest()])
+        own = torch.tensor([step, 0 if step == _NEWCOMER else digest(self._t.parts.model)])
         table = own.new_zeros(dist.get_world_size(), 2)
         table[self.rank] = own
         dist.all_reduce(table)
@@ -114,15 +113,3 @@ class Membership:
         dist.broadcast_object_list(history, src=source)
         send_state(self._t.parts.model, self._t.optimizer, source=source)
         return highest, history[0]
-
-    def _digest(self) -> int:
-        """A number that differs where parameters do, to the bit."""
-        total = torch.zeros((), dtype=torch.int64)
-        for position, parameter in enumerate(self._t.parts.model.parameters()):
-            total += (position + 1) * _bits(parameter.detach()).sum(dtype=torch.int64).cpu()
-        return int(total)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(sizes[tensor.element_size()])

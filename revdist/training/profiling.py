@@ -59,6 +59,13 @@ class Profiling:
             limit = profile.micro_batch - 1
         return tuple(found[size] for size in sorted(found))
 
+    def cached(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Those micro-batch sizes at which this type of device has been profiled."""
+        if not self._config.planning.profile_cache:
+            return ()
+        sample = self._batch(1)
+        return tuple(size for size in sizes if load_profile(self._key(sample, size)) is not None)
+
     def pool(self, own: Sequence[Profile]) -> tuple[Profile, ...]:
         """Own profiles, pooled with those of all ranks on devices of the same type; every rank calls this.
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from revdist.devices.device import Device
-from revdist.errors import DeviceError, RevdistError, RunFailed
+from revdist.errors import DeviceError, DeviceLost, RevdistError, RunFailed
 from revdist.planning.accuracy import largest_error
 from revdist.planning.costs import Mode, Profile
 from revdist.planning.replay import uniform
@@ -37,6 +37,7 @@ from revdist.training.replicated import Replicated
 from revdist.training.reports import CurveReport, EndReport, EventReport, FailureReport, Outbox, ProfileReport, Score
 from revdist.training.saving import Saver
 from revdist.training.shortage import explain_shortage
+from revdist.training.state import digest
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -107,7 +108,15 @@ class Replica:
             self._loop.close()
         self._leave(trained)
         self._saver.finish()
-        self._outbox.put(EndReport(rank=self.rank, step=self._loop.step, stopped=not finished, score=score))
+        self._outbox.put(
+            EndReport(
+                rank=self.rank,
+                step=self._loop.step,
+                stopped=not finished,
+                score=score,
+                digest=digest(trained.parts.model),
+            )
+        )
 
     def _begin(self, trained: Trained, membership: Membership) -> Loop | None:
         """The loop, once there are shares for this rank; None when told to stop first."""
@@ -237,6 +246,8 @@ class Replica:
 
         def lost(error: DeviceError) -> None:
             self._event("lost", str(error))
+            if isinstance(error, DeviceLost):
+                loop.fail(error)
 
         return MemoryWatch(
             self._config,

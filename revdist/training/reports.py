@@ -124,6 +124,8 @@ class EndReport:
     """Told to leave before the end of the run; its state is saved."""
     score: Score | None
     """On the test data; None where there are none, or the run was stopped."""
+    digest: int | None = None
+    """Differs where parameters do, to the bit: all replicas end with the same. None: it took no step."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

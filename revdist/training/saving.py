@@ -47,6 +47,8 @@ class Saver:
         self._config = config
         self._place = place
         self._event = event
+        self.known_sizes: tuple[int, ...] = ()
+        """Micro-batch sizes of the profiles recalled: the ones to use again on a device that is known."""
         self._profiles: tuple[Profile, ...] = ()
         self._staging = Staging()
         self._writing: threading.Thread | None = None
@@ -54,9 +56,13 @@ class Saver:
 
     def recall_profiles(self) -> None:
         """Put the profiles of the newest checkpoint into this machine's cache: what it knows is not measured again."""
-        if self._config.planning.profile_cache:
-            for profile in checkpoint_files.read_profiles(self._place):
-                store_profile(profile)
+        if not self._config.planning.profile_cache:
+            return
+        profiles = checkpoint_files.read_profiles(self._place)
+        for profile in profiles:
+            store_profile(profile)
+        if self._config.micro_batch is None and not self._config.planning.micro_batches:
+            self.known_sizes = tuple(sorted({profile.micro_batch for profile in profiles}))
 
     def remember(self, profiles: Sequence[Profile]) -> None:
         """Profiles of the devices of all ranks; later checkpoints hold them."""

@@ -1,108 +1,121 @@
-"""A run that loses a rank, or is told to leave, says so and leaves nothing running."""
+"""A run goes on with the ranks that are left: no step is lost, and the weights are those of an unharmed run."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
-from runs import Watcher, settings
+from harm import Harm, assert_nothing_was_lost, final_state, is_dead, run, signals
 
-import revdist
-from revdist.cluster.local import ray_cluster
-from revdist.devices import list_devices
 from revdist.errors import RunFailed
-from revdist.training.checkpoint_files import checkpoints
 from revdist.training.run_directory import RunReader
 
-pytestmark = pytest.mark.usefixtures("devices_folder")
+pytestmark = pytest.mark.usefixtures("devices_folder", "running_ray")
+
+STEPS = 60
+Unharmed = Callable[[int], dict[str, Any]]
 
 
-@pytest.fixture
-def running_ray() -> Iterator[None]:
-    with ray_cluster(None, num_workers=2):
-        yield
+@pytest.mark.parametrize(
+    "devices",
+    [("cpu-1",), ("cpu-0",), ("cpu-0", "cpu-2")],
+    ids=["a worker", "rank 0, which hosts the store and reports", "two at once"],
+)
+def test_killed_ranks_lose_no_step(devices: tuple[str, ...], unharmed: Unharmed, tmp_path: Path) -> None:
+    harm = Harm(10, signals(*devices))
+    result = run(tmp_path / "run", harm, epochs=None, steps=STEPS, workers={"max_restarts": 0})
+    assert len(harm.pids) == len(devices)
+    assert all(is_dead(pid) for pid in harm.pids)
+    assert harm.groups[-1] == [f"cpu-{number}" for number in range(3) if f"cpu-{number}" not in devices]
+    assert [str(pid) in event["detail"] for event, pid in zip(harm.kinds("lost"), harm.pids, strict=True)]
+    assert len(harm.steps[-1]["ranks"]) == 3 - len(devices)
+    assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
 
 
-def holder(device: str) -> int:
-    """Pid of the replica on a CPU device."""
-    (reading,) = [reading for reading in list_devices() if reading.name == device]
-    return reading.holders[0].pid
+def test_a_frozen_rank_is_given_up_and_ended(unharmed: Unharmed, tmp_path: Path) -> None:
+    harm = Harm(10, signals("cpu-1", number=signal.SIGSTOP))
+    result = run(
+        tmp_path / "run", harm, epochs=None, steps=STEPS, workers={"max_restarts": 0}, faults={"heartbeat_s": 2}
+    )
+    (lost,) = harm.kinds("lost")
+    assert "did not answer for 2.0 s" in lost["detail"]
+    until_s = time.monotonic() + 20
+    while not is_dead(harm.pids[0]):
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+    assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
 
 
-def is_dead(pid: int) -> bool:
-    """Whether a process runs no more; one that its parent has not collected yet still has its number."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_lost_rank_is_replaced_at_a_step_boundary(unharmed: Unharmed, tmp_path: Path) -> None:
+    steps = 1500
+    harm = Harm(20, signals("cpu-1"))
+    slow = {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}}
+    result = run(tmp_path / "run", harm, epochs=None, steps=steps, data=slow)
+    assert harm.groups == [["cpu-0", "cpu-2"], ["cpu-0", "cpu-2", "cpu-1"]]
+    (joined,) = harm.kinds("joined")
+    assert "cpu-1" in joined["detail"]
+    assert len(harm.steps[-1]["ranks"]) == 3
+    assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
 
 
-@pytest.mark.usefixtures("running_ray")
-def test_a_killed_rank_is_named_with_host_cause_and_remedy(tmp_path: Path) -> None:
-    killed: list[int] = []
+def test_a_broken_connection_between_living_ranks_is_mended(unharmed: Unharmed, tmp_path: Path) -> None:
+    """Nobody is lost and the shares stay: the result is the same to the bit."""
+    common = {"epochs": None, "steps": 30, "planning": {"share": "equal", "profile_cache": False}}
+    harm = Harm(30, lambda harm: None)
+    result = run(
+        tmp_path / "run",
+        harm,
+        model={"factory": "small_models:classifier_that_loses_its_connections", "kwargs": {"rank": 1, "at": 12}},
+        faults={"heartbeat_s": 1},
+        **common,
+    )
+    assert harm.groups == [["cpu-0", "cpu-1", "cpu-2"]]
+    assert not harm.kinds("lost")
+    assert_nothing_was_lost(harm, result, unharmed(30), steps=30)
+    whole = run(tmp_path / "whole", Harm(0, lambda harm: None), **common)
+    for name, tensor in final_state(whole.run_dir).items():
+        assert tensor.equal(final_state(result.run_dir)[name]), name
 
-    def kill(step: int) -> None:
-        if step == 5:
-            killed.append(holder("cpu-1"))
-            os.kill(killed[0], signal.SIGKILL)
 
-    watcher = Watcher(kill)
-    survivor_and_victim = settings(epochs=200)
+def test_a_device_that_falls_off_the_bus_takes_its_rank_along(unharmed: Unharmed, tmp_path: Path) -> None:
+    harm = Harm(STEPS, lambda harm: None)
+    data = {"factory": "small_models:images_on_a_device_that_goes", "kwargs": {"rank": 2, "after_s": 0.2}}
+    steps = 400
+    result = run(tmp_path / "run", harm, epochs=None, steps=steps, data=data, workers={"max_restarts": 0})
+    assert harm.groups == [["cpu-0", "cpu-1"]]
+    assert any("Xid 79" in event["detail"] for event in harm.kinds("lost"))
+    assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
+
+
+def test_too_few_ranks_end_the_run_and_the_first_that_failed_is_named(tmp_path: Path) -> None:
+    harm = Harm(5, signals("cpu-1"))
     with pytest.raises(RunFailed, match=r"rank 1 on .*cpu-1, process \d+\) failed: its process was killed") as caught:
-        revdist.Trainer(survivor_and_victim, observer=watcher, run_dir=tmp_path / "run").fit()
-    assert killed
-    assert str(killed[0]) in caught.value.message
+        run(tmp_path / "run", harm, epochs=200, workers={"min": 3})
+    assert str(harm.pids[0]) in caught.value.message
     assert caught.value.facts["rank"] == 1
     assert caught.value.facts["remedy"]
-    assert is_dead(killed[0])
+    assert is_dead(harm.pids[0])
     last = list(RunReader(tmp_path / "run").events())[-1]
     assert (last["kind"], last["rank"]) == ("failed", 1)
 
 
-def launch(config: Path, run_dir: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "revdist.cli", "launch", str(config), "--run-dir", str(run_dir), *more]
-    path = os.pathsep.join([str(Path(__file__).parent.parent / "training"), str(Path(revdist.__file__).parent.parent)])
-    return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def test_the_wall_clock_may_jump(unharmed: Unharmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.time
 
+    def jump(harm: Harm) -> None:
+        monkeypatch.setattr(time, "time", lambda: real() + 86_400)
 
-def wait_for_steps(run_dir: Path, count: int, process: subprocess.Popen[bytes], patience_s: float = 80) -> None:
-    until_s = time.monotonic() + patience_s
-    while not (run_dir / "metrics.jsonl").exists() or len(list(RunReader(run_dir).metrics())) < count:
-        assert process.poll() is None, process.communicate()[0].decode()
-        assert time.monotonic() < until_s, "no step in time"
-        time.sleep(0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_leaves_nothing_running_and_can_be_resumed(
-    number: signal.Signals, exit_code: int, tmp_path: Path
-) -> None:
-    config, run_dir = tmp_path / "small.yaml", tmp_path / "run"
-    config.write_text(json.dumps(settings(epochs=400)))
-    process = launch(config, run_dir)
-    wait_for_steps(run_dir, 3, process)
-    below = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
-    output = process.communicate(timeout=100)[0].decode()
-    assert process.returncode == exit_code, output
-    _, alive = psutil.wait_procs(below, timeout=10)
-    assert not alive
-    steps = [step["step"] for step in RunReader(run_dir).metrics()]
-    assert [path.name for path in checkpoints(run_dir / "checkpoints")] == [f"step-{steps[-1]:09d}"]
-    config.write_text(json.dumps(settings(epochs=None, steps=steps[-1] + 2)))
-    again = launch(config, run_dir, "--resume")
-    output = again.communicate(timeout=100)[0].decode()
-    assert again.returncode == 0, output
-    assert [step["step"] for step in RunReader(run_dir).metrics()] == list(range(1, steps[-1] + 3))
+    harm = Harm(10, jump)
+    result = run(tmp_path / "run", harm, epochs=None, steps=STEPS)
+    assert harm.done
+    assert not harm.groups
+    assert not harm.kinds("lost")
+    assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
+    assert os.getpid() not in harm.pids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -103,3 +104,63 @@ class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
 def images(num_samples: int = 50, num_test: int = 21, size: int = 6) -> tuple[Images, Images]:
     return Images(num_samples, 1, size), Images(num_test, 2, size)
+
+
+class SlowImages(Images):
+    """The same images, each batch of which takes a while to load: time for something to happen during the run."""
+
+    seconds = 0.0
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        time.sleep(self.seconds)
+        return [self[index] for index in indices]
+
+
+def slow_images(seconds: float, num_samples: int = 50) -> tuple[SlowImages, None]:
+    train = SlowImages(num_samples, 1)
+    train.seconds = seconds
+    return train, None
+
+
+def images_on_a_device_that_goes(rank: int, after_s: float) -> tuple[Images, Images]:
+    """Images; the device of one rank falls off the bus a while after training has begun there."""
+    from revdist.devices.cpu import CpuDevice
+    from revdist.errors import DeviceLost
+
+    read = CpuDevice.read
+    began_s: list[float] = []
+
+    def reading(device: CpuDevice) -> Any:
+        if os.environ.get("RANK") == str(rank):
+            began_s.append(time.monotonic())
+            if time.monotonic() - began_s[0] > after_s:
+                raise DeviceLost(f"{device.name} fell off the bus (Xid 79); reset it or restart its host")
+        return read(device)
+
+    CpuDevice.read = reading  # type: ignore[method-assign]
+    return images()
+
+
+def classifier_that_loses_its_connections(rank: int, at: int) -> nn.Module:
+    """The classifier; at a training pass, one rank's connections to its peers break, and nobody is to blame."""
+    return classifier(trouble=Disconnection(rank, at))
+
+
+class Disconnection(nn.Module):
+    def __init__(self, rank: int, at: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.at = at
+        self.count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "WORLD_SIZE" in os.environ and torch.is_grad_enabled():
+            self.count += 1
+            if self.count == self.at and int(os.environ["RANK"]) == self.rank:
+                import gc
+
+                from revdist.training.group import Group
+
+                (group,) = [found for found in gc.get_objects() if isinstance(found, Group)]
+                group._shut_down()
+        return x
