@@ -44,11 +44,13 @@ def test_a_known_device_is_not_measured_again_on_another_machine(tmp_path: Path)
     config = run_config(steps=4, epochs=None, planning={"profile_repeats": 1, "profile_cache": True})
     here, there = ({"REVDIST_CACHE_DIR": str(tmp_path / name)} for name in ("here", "there"))
     before = run_replicas([config] * 2, [(9, 3)], tmp_path, stop_after=1, environment=here)
-    after = run_replicas([config] * 2, [(9, 3)], tmp_path, resume=True, environment=there)
-    for outcome, how in ((before, "measured"), (after, "from the cache")):
+    # Alone it has another share, for which it would choose other micro-batches to measure.
+    after = run_replicas([config], [(12,)], tmp_path, resume=True, environment=there)
+    for outcome, size, how in ((before, 2, "measured"), (after, 1, "from the cache")):
         assert_no_failure(outcome)
-        assert len(events(outcome, "profile")) == 2
-        assert all(how in event.detail for event in events(outcome, "profile"))
+        assert [event.detail.split(" in ")[0] for event in events(outcome, "profile")] == [
+            f"micro-batches of 1, 6 {how}"
+        ] * size
     assert [step.step for step in before.steps() + after.steps()] == [1, 2, 3, 4]
     (resumed,) = events(after, "resumed")
     assert resumed.detail.startswith(f"{tmp_path}/checkpoints/step-000000002, written by python")
