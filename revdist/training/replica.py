@@ -195,7 +195,7 @@ class Replica:
     def _profile(self, profiling: Profiling) -> tuple[Profile, ...]:
         began_s = time.perf_counter()
         profiles = profiling.profiles(
-            sizes_to_profile(self._config, self._assignment.world_size),
+            profiling.cached(self._saver.known_sizes) or sizes_to_profile(self._config, self._assignment.world_size),
             lambda done, total: self._outbox.put(
                 ProfileReport(rank=self.rank, device=self._device.uuid, done=done, total=total)
             ),
