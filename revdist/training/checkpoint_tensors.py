@@ -15,7 +15,7 @@ import os
 import pickle
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, BinaryIO, cast, final
 
 import torch
@@ -55,7 +55,7 @@ class RecordedFiles(FileSystemBase):
         self.records: dict[str, tuple[int, int]] = {}
         """By path: bytes and CRC-32."""
         self.error: OSError | None = None
-        """What the storage refused; torch reports it as a consequence of that."""
+        """What the storage refused first; torch reports a consequence of that in its place."""
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
@@ -66,12 +66,15 @@ class RecordedFiles(FileSystemBase):
             return
         try:
             with self._folder.writing(path) as file:
-                stream = _Recorded(file)
+                stream = _Recorded(file, self._refused)
                 yield stream
             self.records[path] = stream.record
         except OSError as error:
-            self.error = self.error or error
+            self._refused(error)
             raise
+
+    def _refused(self, error: OSError) -> None:
+        self.error = self.error or error
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         if "/" in suffix:
@@ -163,8 +166,10 @@ class _Reader(FileSystemReader):
 class _Recorded(io.RawIOBase):
     """Passes bytes on to a file, and counts and sums them up."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], refused: Callable[[OSError], None]) -> None:
+        """refused: told what the file refuses."""
         self._file = file
+        self._refused = refused
         self._num_bytes = 0
         self._checksum = 0
 
@@ -175,7 +180,11 @@ class _Recorded(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         chunk = memoryview(data).cast("B")
-        self._file.write(chunk)
+        try:
+            self._file.write(chunk)
+        except OSError as error:
+            self._refused(error)
+            raise
         self._num_bytes += len(chunk)
         self._checksum = zlib.crc32(chunk, self._checksum)
         return len(chunk)
