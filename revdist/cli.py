@@ -48,6 +48,16 @@ Overrides = Annotated[
 Address = Annotated[
     str | None, typer.Option(metavar="auto|HOST:PORT", help="A running Ray cluster; none: one of its own.")
 ]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `revdist launch` wrote.")]
+LocalRanks = Annotated[
+    str | None,
+    typer.Option(
+        "--local-ranks-filter",
+        "--local_ranks_filter",
+        metavar="0,2",
+        help="As torchrun has it: show what these ranks print, counted on each host.",
+    ),
+]
 ShowTraceback = Annotated[
     bool, typer.Option(help="Show where in the code an error came from.", envvar="REVDIST_TRACEBACK")
 ]
@@ -119,29 +129,58 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show configuration, devices and plan; train nothing.")
     ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once the run is under way; it goes on in the background.")
+    ] = False,
     nnodes: Annotated[
         str | None, typer.Option("--nnodes", metavar="N|MIN:MAX", help="As torchrun has it: sets workers.min and .max.")
     ] = None,
     nproc_per_node: Annotated[
         int | None, typer.Option("--nproc-per-node", "--nproc_per_node", metavar="N", min=1, help="As torchrun has it.")
     ] = None,
+    max_restarts: Annotated[
+        int | None,
+        typer.Option("--max-restarts", "--max_restarts", metavar="N", min=0, help="Sets workers.max_restarts."),
+    ] = None,
+    log_dir: Annotated[
+        Path | None,
+        typer.Option("--log-dir", "--log_dir", metavar="DIR", help="Where ranks' logs go; none: RUN_DIR/logs."),
+    ] = None,
+    local_ranks_filter: LocalRanks = None,
 ) -> None:
     """Train: one replica per device, replanned live when a device's free memory changes."""
     if resume and run_dir is None:
         raise UsageError("--resume needs --run-dir; name the run directory that holds the checkpoint")
-    settings = _read_config(config, [*_workers(nnodes, nproc_per_node), *(overrides or [])])
+    log_ranks = _numbers(local_ranks_filter)
+    flags = _workers(nnodes, nproc_per_node)
+    flags += [] if max_restarts is None else [f"workers.max_restarts={max_restarts}"]
+    settings = _read_config(config, [*flags, *(overrides or [])])
     from revdist.cluster.trainer import Trainer
 
+    trainer = Trainer(settings, address=address, run_dir=run_dir, resume=resume, log_dir=log_dir)
     if dry_run:
         from revdist.reporting.dry_run import show_dry_run
 
-        trainer = Trainer(settings, address=address, run_dir=run_dir, resume=resume)
         show_dry_run(console, settings, trainer.dry_run())
-        return
-    from revdist.reporting.live import LiveView
+    elif detach:
+        from revdist.reporting.detaching import launch_detached
 
-    with LiveView(console, name=settings.name) as view:
-        Trainer(settings, observer=view, address=address, run_dir=run_dir, resume=resume).fit()
+        arguments = ["launch", str(config), *flags, *(overrides or []), *([f"--address={address}"] if address else [])]
+        raise typer.Exit(launch_detached(console, errors, trainer, arguments))
+    else:
+        from revdist.reporting.live import LiveView
+
+        with LiveView(console, name=settings.name, log_ranks=log_ranks) as view:
+            trainer.observer = view
+            trainer.fit()
+
+
+def _numbers(text: str | None) -> frozenset[int]:
+    """`0,2` as numbers. Raises UsageError for anything else."""
+    parts = text.split(",") if text else []
+    if not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"--local-ranks-filter {text} must be numbers with commas between them, such as 0,2")
+    return frozenset(int(part) for part in parts)
 
 
 def _workers(nnodes: str | None, nproc_per_node: int | None) -> list[str]:
@@ -243,8 +282,70 @@ def doctor(address: Address = None) -> None:
 
 @app.command()
 @reported
+def status(
+    run_dir: RunDir,
+    as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
+) -> None:
+    """Show what a run is up to. Exit code: 0 while it lives, then its own; 1 where it was killed."""
+    from revdist.reporting.status import read_status, status_mapping, status_view
+
+    found = read_status(run_dir)
+    if as_json:
+        console.print_json(data=status_mapping(found))
+    else:
+        console.print(status_view(found))
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
+@reported
+def attach(run_dir: RunDir, local_ranks_filter: LocalRanks = None) -> None:
+    """Watch a run that another process drives; Ctrl-C leaves it alone. Exit code as for status."""
+    from revdist.reporting.attaching import attach as watch
+    from revdist.reporting.status import status_view
+
+    log_ranks = _numbers(local_ranks_filter)
+    found = watch(console, run_dir, log_ranks=log_ranks)
+    if not found.alive:
+        console.print(status_view(found))
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
+@reported
+def logs(
+    run_dir: RunDir,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", metavar="N", min=0, help="Only this rank's; more than once for more.")
+    ] = None,
+    local_ranks_filter: LocalRanks = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends, or Ctrl-C.")] = False,
+) -> None:
+    """Show what the processes of the ranks print."""
+    from revdist.reporting.rank_logs import show_logs
+
+    show_logs(console, run_dir, ranks=rank or (), local_ranks=_numbers(local_ranks_filter), follow=follow)
+
+
+@app.command()
+@reported
+def stop(
+    run_dir: RunDir,
+    now: Annotated[bool, typer.Option("--now", help="Kill it; nothing is saved.")] = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=0, help="Time to save in, after which it is killed.")
+    ] = 150.0,
+) -> None:
+    """Let a run save and leave, and make sure that nothing of it is left running."""
+    from revdist.reporting.stopping import stop_and_tell
+
+    stop_and_tell(console, run_dir, now=now, timeout_s=timeout)
+
+
+@app.command()
+@reported
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What `revdist launch` wrote.")],
+    run_dir: RunDir,
     png: Annotated[
         Path | None, typer.Option("--png", metavar="DIR", help="Write the figures there too, as PNG files.")
     ] = None,

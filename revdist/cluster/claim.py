@@ -45,6 +45,13 @@ def is_alive(run_dir: Path) -> bool:
         os.close(lock)
 
 
+def state_of(run_dir: Path, record: RunRecord) -> State:
+    """What a session is up to: what it wrote down itself, unless it was killed before it could write its end."""
+    if record.ended_s is not None or is_alive(run_dir):
+        return record.state
+    return "lost"
+
+
 def refuse_living(run_dir: Path) -> None:
     """Raise ConfigError, saying whose it is, where a run is alive in a directory."""
     if is_alive(run_dir):

@@ -25,7 +25,7 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[bool]:
         yield False
         return
     environment = _own_cluster_environment() if address is None else {"RAY_USAGE_STATS_ENABLED": "0"}
-    with _environment(environment):
+    with _environment(environment), _ray_off_the_terminal():
         if address is None:
             _start(num_workers)
         else:
@@ -36,23 +36,28 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[bool]:
             _disconnect()
 
 
-def ray_address() -> str:
-    """Address of the cluster that this process is connected to, `HOST:PORT`."""
+def addresses() -> dict[str, str]:
+    """Of the cluster that this process is connected to: `ray_address`, `HOST:PORT`, and `metrics_url`.
+
+    The latter is where Ray offers the metrics of this host to Prometheus; empty where it does not.
+    """
     import ray
 
-    return str(ray.get_runtime_context().gcs_address)
-
-
-def metrics_url() -> str:
-    """Where Ray offers the metrics of this process's host to Prometheus; empty where it does not."""
-    import ray
-
-    own = ray.get_runtime_context().get_node_id()
+    context = ray.get_runtime_context()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    for node in nodes:
-        if node["NodeID"] == own and node.get("MetricsExportPort"):
-            return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    return ""
+    own = next(node for node in nodes if node["NodeID"] == context.get_node_id())
+    port = own.get("MetricsExportPort")
+    return {
+        "ray_address": str(context.gcs_address),
+        "metrics_url": f"http://{own['NodeManagerAddress']}:{port}/metrics" if port else "",
+    }
+
+
+def session_folder() -> str:
+    """Folder in which the processes of the connected cluster have their logs and sockets on this host."""
+    from ray._private import worker
+
+    return str(worker._global_node.get_session_dir_path())
 
 
 def _is_connected() -> bool:
@@ -125,6 +130,19 @@ def _disconnect() -> None:
     import ray
 
     ray.shutdown()
+
+
+@contextlib.contextmanager
+def _ray_off_the_terminal() -> Iterator[None]:
+    """Ray prints what happens to workers on the driver's terminal, across the live view, and has no switch for it."""
+    from ray._private import worker
+
+    before = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *data, **options: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before
 
 
 @contextlib.contextmanager

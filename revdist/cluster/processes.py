@@ -75,6 +75,23 @@ def started_with(name: str, value: str) -> list[Process]:
     return found
 
 
+def writing_below(folder: str) -> list[Process]:
+    """Living processes of this host, but not this one, that have a file below a folder open.
+
+    Ray's processes do, in the folder of their session. Those of other users cannot be seen.
+    """
+    found = []
+    for process in _PROC.iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if any(os.readlink(link).startswith(f"{folder}/") for link in (process / "fd").iterdir()):
+                living = Process.of(int(process.name))
+                if living is not None:
+                    found.append(living)
+    return found
+
+
 def _stat(pid: int) -> list[str] | None:
     try:
         text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")

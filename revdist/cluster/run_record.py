@@ -21,7 +21,8 @@ FILE = "run.json"
 RUN_ID = "REVDIST_RUN_ID"
 """Variable that every process of a run is started with, so that all of them are found when it shall end."""
 
-State = Literal["starting", "running", "done", "failed", "stopped"]
+State = Literal["starting", "running", "done", "failed", "stopped", "lost"]
+"""lost: it was killed and could not say so. The others are written down."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class RunRecord:
     ray_address: str = ""
     own_ray: bool = False
     """Whether the Ray cluster is the run's own, and ends with it."""
+    ray_session: str = ""
+    """Folder of the cluster's logs and sockets, where it is the run's own."""
     metrics_url: str = ""
     """Where Ray on the driver's host offers the run's metrics to Prometheus."""
     ended_s: float | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from revdist.cluster.claim import RunClaim, refuse_living
-from revdist.cluster.local import metrics_url, ray_address, ray_cluster
+from revdist.cluster.local import addresses, ray_cluster, session_folder
 from revdist.cluster.observer import Observer, Observers
 from revdist.cluster.signals import StopRequest, stop_on_signals
 from revdist.config import RunConfig
@@ -80,13 +80,13 @@ class Trainer:
         KeyboardInterrupt after saving on SIGINT.
         """
         run_dir = self.choose_run_dir()
-        self._check_batch()
+        self.check()
         with (
-            RunClaim(run_dir, name=self.config.name, log_dir=self._log_dir(run_dir)) as claim,
+            RunClaim(run_dir, name=self.config.name, log_dir=self.choose_log_dir(run_dir)) as claim,
             ray_cluster(self.address, num_workers=self._num_workers()) as own_ray,
             stop_on_signals() as stop,
         ):
-            claim.update(own_ray=own_ray, ray_address=ray_address(), metrics_url=metrics_url())
+            claim.update(own_ray=own_ray, ray_session=session_folder() if own_ray else "", **addresses())
             try:
                 return self._fit(claim, stop)
             except Preempted as error:
@@ -119,7 +119,7 @@ class Trainer:
         run_dir = claim.run_dir
         places, fleet = self._place()
         writer = RunWriter(run_dir)
-        logs = LogFiles(self._log_dir(run_dir))
+        logs = LogFiles(self.choose_log_dir(run_dir))
         observer = Observers(claim, logs, RunMetrics(self.config.name), self.observer)
         controller: Controller | None = None
         try:
@@ -175,8 +175,8 @@ class Trainer:
             resume=self.resume,
         )
 
-    def _check_batch(self) -> None:
-        """Raise BatchTooSmall before anything is started, where the devices are listed."""
+    def check(self) -> None:
+        """Raise UsageError for what can be seen to be wrong before anything is started."""
         if self.config.devices != "auto":
             from revdist.planning.split import equal_split
 
@@ -228,7 +228,8 @@ class Trainer:
                 "go on with that one by --resume, or choose another location"
             )
 
-    def _log_dir(self, run_dir: Path) -> Path:
+    def choose_log_dir(self, run_dir: Path) -> Path:
+        """Absolute path of the folder for what ranks print."""
         return run_dir / "logs" if self.log_dir is None else Path(self.log_dir).absolute()
 
     def _num_workers(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +14,7 @@ from revdist.cluster.observer import Observer
 from revdist.devices.reading import Reading
 from revdist.planning.costs import Plan
 from revdist.reporting.live_state import RunState
+from revdist.reporting.palette import rank_color
 from revdist.reporting.phrases import plan_change, shown_path
 from revdist.reporting.screens import Screen, screen_for
 from revdist.reporting.summary import summary_panel
@@ -26,6 +27,7 @@ EVENT_STYLES: Mapping[str, str] = {
     "resumed": "dim",
     "out-of-memory": "bold yellow",
     "lost": "bold red",
+    "regroup": "bold cyan",
     "preempted": "bold yellow",
 }
 """The events worth a line, with their colour. A replan is told from its plan, a failure by the error that it ends
@@ -39,10 +41,19 @@ MAX_NAMES = 8
 class LiveView(Observer):
     """Shows a run on a console while it goes on. Use it as a context manager, so that the terminal is given back."""
 
-    def __init__(self, console: Console, *, name: str = "run", screen: Screen | None = None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        name: str = "run",
+        screen: Screen | None = None,
+        log_ranks: Collection[int] = (),
+    ) -> None:
+        """log_ranks: ranks, counted on each host, whose output is shown as well."""
         self._console = console
         self._screen = screen or screen_for(console)
         self._state = RunState(name)
+        self._log_ranks = log_ranks
         self._starting = console.status("starting Ray and a process per device ...")
         self._is_open = False
 
@@ -62,7 +73,8 @@ class LiveView(Observer):
         names = [state.device for state in self._state.ranks.values()]
         place = ", ".join(names) if len(names) <= MAX_NAMES else f"{len(names)} devices"
         self._console.print(Text.assemble((self._state.name, "bold"), f" on {place}"), soft_wrap=True)
-        self._screen.open(self._state)
+        if not self._is_open:
+            self._screen.open(self._state)
         self._is_open = True
 
     def on_profile(self, rank: int, device: str, done: int, total: int) -> None:
@@ -74,6 +86,17 @@ class LiveView(Observer):
         style = "" if before is None else "cyan"
         self._tell(plan.rank, plan_change(plan, before, free_bytes), style)
         self._screen.refresh(self._state, now=True)
+
+    def on_regroup(self, devices: Sequence[Reading]) -> None:
+        self._state.regroup(devices)
+        self._screen.refresh(self._state, now=True)
+
+    def on_log(self, rank: int, text: str) -> None:
+        state = self._state.ranks.get(rank)
+        if state is None or state.local_rank not in self._log_ranks:
+            return
+        for line in text.splitlines():
+            self._screen.line(Text(f"rank {rank:>5}  {state.device}", style=rank_color(rank)), Text.from_ansi(line))
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
         self._state.advance(metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ class RankState:
     uuid: str
     device: str
     """Name of the device; with its host where the run spans several."""
+    local_rank: int = 0
+    """Its number among the ranks of its host."""
     free_bytes: int | None = None
     plan: Plan | None = None
     peak_bytes: int | None = None
@@ -47,10 +50,21 @@ class RunState:
 
     def start(self, run_dir: Path, devices: Sequence[Reading]) -> None:
         self.run_dir = run_dir
+        self.ranks.clear()
+        self.regroup(devices)
+
+    def regroup(self, devices: Sequence[Reading]) -> None:
+        """Enter who has which rank from now on: those that were lost vanish, devices known already keep their state."""
+        known = {state.uuid: state for state in self.ranks.values()}
         several_hosts = len({reading.host for reading in devices}) > 1
+        on_host: Counter[str] = Counter()
+        self.ranks.clear()
         for rank, reading in enumerate(devices):
             name = f"{reading.name}@{reading.host}" if several_hosts else reading.name
-            self.ranks[rank] = RankState(rank, reading.uuid, name, free_bytes=reading.free_bytes)
+            state = known.get(reading.uuid) or RankState(rank, reading.uuid, name, free_bytes=reading.free_bytes)
+            state.rank, state.device, state.local_rank, state.lost = rank, name, on_host[reading.host], False
+            self.ranks[rank] = state
+            on_host[reading.host] += 1
 
     def rank(self, rank: int, device: str) -> RankState:
         """The state of a rank; a newcomer is entered under the first part of its UUID."""

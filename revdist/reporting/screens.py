@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from typing import final
 
@@ -93,6 +94,43 @@ class PlainScreen(Screen):
 
     def close(self) -> None:
         pass
+
+
+@final
+class HeldScreen(Screen):
+    """Holds back what is told of the past but for its newest lines, and then goes on as another screen."""
+
+    def __init__(self, screen: Screen, *, num_lines: int) -> None:
+        self._screen = screen
+        self._lines: deque[tuple[Text, Text]] | None = deque(maxlen=num_lines)
+        self._state: RunState | None = None
+
+    def open(self, state: RunState) -> None:
+        self._state = state
+        if self._lines is None:
+            self._screen.open(state)
+
+    def line(self, head: Text, sentence: Text) -> None:
+        if self._lines is None:
+            self._screen.line(head, sentence)
+        else:
+            self._lines.append((head, sentence))
+
+    def refresh(self, state: RunState, *, now: bool = False) -> None:
+        if self._lines is None:
+            self._screen.refresh(state, now=now)
+
+    def release(self) -> None:
+        """The past is told: show its newest lines, and from here on everything."""
+        lines, self._lines = self._lines or deque(), None
+        for head, sentence in lines:
+            self._screen.line(head, sentence)
+        if self._state is not None:
+            self._screen.open(self._state)
+
+    def close(self) -> None:
+        if self._lines is None:
+            self._screen.close()
 
 
 def _ranks(state: RunState) -> str:

@@ -53,11 +53,11 @@ def summary_panel(summary: Mapping[str, Any], state: RunState) -> RenderableType
             grid.add_row("", Text(f"({gains['basis']})", style="dim"))
     if state.run_dir is not None:
         grid.add_row("run directory", Text(shown_path(state.run_dir), style="bold"))
-        grid.add_row("look at it", Text(f"{_command()} report {shown_path(state.run_dir)}"))
+        grid.add_row("look at it", Text(f"{command()} report {shown_path(state.run_dir)}"))
     return Panel(grid, title=Text(state.name, style="bold"), title_align="left", border_style="green", expand=False)
 
 
-def _command() -> str:
+def command() -> str:
     """What to type for `revdist` here: its path, where it is not on PATH."""
     started_as = Path(sys.argv[0])
     if shutil.which("revdist") or started_as.name != "revdist":
