@@ -57,7 +57,8 @@ def session_folder() -> str:
     """Folder in which the processes of the connected cluster have their logs and sockets on this host."""
     from ray._private import worker
 
-    return str(worker._global_node.get_session_dir_path())
+    node: Any = worker._global_node
+    return str(node.get_session_dir_path())
 
 
 def _is_connected() -> bool:
