@@ -81,6 +81,19 @@ class Replicated:
             forward_sync_buffers=False,
             init_sync=not alike,
         )
+        self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Reduce zeros once, so that DDP lays its buckets out now, in an order that depends on nothing.
+
+        It lays them out anew in the order in which the first gradients come. Sums over three ranks and
+        more round by where in a bucket a value lies: a group formed later must add up as one formed before.
+        """
+        assert self._ddp is not None
+        self._ddp(None)
+        for parameter in reversed(self.parameters):
+            zeros = torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand_as(parameter)
+            torch.autograd.backward(parameter, zeros)
 
     def disconnect(self) -> None:
         """Let go of the process group and of the buckets: a group that DDP still uses cannot be left."""
@@ -101,7 +114,8 @@ class Replicated:
     def rebuild_bytes(self) -> int:
         """Bytes that DDP takes for a moment once it knows the order in which gradients come.
 
-        It lays out new buckets in that order beside the old ones, at the start of its second forward.
+        It lays out new buckets in that order beside the old ones, at the start of the forward after the first
+        reduction.
         """
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
 
