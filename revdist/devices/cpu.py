@@ -48,12 +48,13 @@ class CpuDevice(Device):
     ) -> CpuDevice:
         """The device of that name, created if a capacity is given.
 
-        With neither name nor capacity: `cpu-0`, created with what the host has free where it does not exist.
-        Raises DeviceNotFound for a name that does not exist without a capacity, UsageError if it is in use with
+        `cpu-0`, which no name means too, needs no capacity: it is created with what the host has free.
+        Raises DeviceNotFound for another name that does not exist without a capacity, UsageError if it is in use with
         another capacity.
         """
-        path = ledger_path(name or DEFAULT_NAME, directory)
-        if capacity_bytes is None and not name and not path.exists():
+        name = name or DEFAULT_NAME
+        path = ledger_path(name, directory)
+        if capacity_bytes is None and name == DEFAULT_NAME and not path.exists():
             capacity_bytes = host.host_memory()[1]
         return cls(Ledger(path) if capacity_bytes is None else Ledger.create(path, capacity_bytes))
 
