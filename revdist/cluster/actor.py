@@ -23,7 +23,6 @@ from revdist.errors import NoFreeDevice
 from revdist.training.network import listen
 
 if TYPE_CHECKING:
-    from revdist.cluster.logs import LogSender
     from revdist.training.orders import Assignment, Inbox, Regroup, Shares
     from revdist.training.replica import Replica
     from revdist.training.reports import LogReport, Outbox, Report
@@ -59,7 +58,6 @@ class ReplicaActor:
         self._inbox: Inbox | None = None
         self._outbox: Outbox | None = None
         self._replica: Replica | None = None
-        self._logs: LogSender | None = None
         self._co_tenants: dict[CoTenantConfig, subprocess.Popen[bytes]] = {}
 
     def locate(self, address: str) -> Location:
@@ -83,8 +81,7 @@ class ReplicaActor:
         """Let the replica live, in a thread of its own."""
         from revdist.cluster.logs import LogSender
 
-        self._logs = LogSender(self._channels()[1])
-        self._logs.start()
+        LogSender(self._channels()[1]).start()
         threading.Thread(
             target=self._live, args=(assignment, self._channels()), name="revdist-train", daemon=True
         ).start()
@@ -93,12 +90,11 @@ class ReplicaActor:
         """Reports after number `after`, as `Outbox.read`."""
         return self._channels()[1].read(after, timeout_s=timeout_s)
 
-    def rest_of_log(self) -> LogReport | None:
-        """What this process has printed and not reported yet; None before it was started."""
-        if self._logs is None:
-            return None
-        self._logs.stop()
-        return self._logs.rest()
+    def rest_of_log(self, report: LogReport) -> LogReport:
+        """What this process has printed since a report."""
+        from revdist.cluster.logs import rest_of
+
+        return rest_of(report)
 
     def adopt(self, shares: Shares) -> None:
         """Keep new shares until all ranks have them."""

@@ -128,8 +128,8 @@ class Controller:
 
     def gather_logs(self) -> None:
         """Take what ranks have printed last, before they are ended."""
-        for rank, report in self._fleet.rest_of_logs():
-            self._logs.take(rank, report)
+        for member, report in self._fleet.rest_of_logs(self._logs.newest):
+            self._logs.take(member, self._groups.rank_of(member), report)
 
     @property
     def _is_over(self) -> bool:
@@ -140,11 +140,11 @@ class Controller:
     def _take(self, member: int, said: Sequence[Report] | Lost) -> None:
         if isinstance(said, Lost):
             self._take_failure(member, said)
-            self._logs.lost(member)
+            self._logs.lost(member, self._groups.rank_of(member))
             return
         for report in said:
             if isinstance(report, LogReport):
-                self._logs.take(member, report)
+                self._logs.take(member, self._groups.rank_of(member), report)
             self._take_report(member, report)
             if isinstance(report, EndReport | FailureReport):
                 self._fleet.dismiss(member)
@@ -383,7 +383,11 @@ class Controller:
         (member,) = [one for one, other in self._failures.items() if other is failure]
         location = self._locations[member]
         error = run_failed(
-            failure, location, started=self.started, resumable=bool(checkpoints(self._checkpoint_folder))
+            failure,
+            location,
+            started=self.started,
+            resumable=bool(checkpoints(self._checkpoint_folder)),
+            run_dir=self._writer.path,
         )
         self._event(run_event("failed", self._step, error.message, rank=failure.rank, device=location.reading.uuid))
         raise error

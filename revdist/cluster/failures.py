@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from revdist.cluster.actor import Location
 from revdist.cluster.fleet import Lost
@@ -26,11 +27,16 @@ def first_failure(failures: Sequence[Failure]) -> Failure:
     return lost[0] if lost else failures[0]
 
 
-def run_failed(failure: Failure, location: Location, *, started: bool, resumable: bool) -> RevdistError:
+def run_failed(
+    failure: Failure, location: Location, *, started: bool, resumable: bool, run_dir: Path | None = None
+) -> RevdistError:
     """The error of a run. Before anything was written, what cannot run is said by its own error."""
     if isinstance(failure, FailureReport) and isinstance(failure.error, UsageError) and not started:
         return failure.error
     cause, remedy, facts = _explain(failure)
+    if started and run_dir is not None and (isinstance(failure, Lost) or "traceback" in facts):
+        said = f"`revdist logs {run_dir} --rank {failure.rank}` shows its last words"
+        remedy = f"{remedy}; {said}" if remedy else said
     if resumable:
         remedy = f"{remedy}; then go on with --resume" if remedy else "go on with --resume"
     where = f"rank {failure.rank} on {location.host} ({location.reading.name}, process {location.pid})"
@@ -79,4 +85,4 @@ def _explain(failure: Failure) -> tuple[str, str, dict[str, object]]:
             "look for the kernel's out-of-memory killer (`dmesg | grep -i kill`) or whoever ended it",
             {},
         )
-    return f"its process ended ({code[0]})", "see its log in /tmp/ray/session_latest/logs", {}
+    return f"its process ended ({code[0]})", "", {}

@@ -180,15 +180,17 @@ class Fleet:
         if actor is not None:
             ray.kill(actor, no_restart=True)
 
-    def rest_of_logs(self) -> Iterator[tuple[int, LogReport]]:
-        """What ranks have printed and not reported yet; nothing of those that do not answer."""
-        calls: dict[Any, int] = {actor.rest_of_log.remote(): member for member, actor in self._actors.items()}
-        ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LAST_WORDS_S)
+    def rest_of_logs(self, newest: Mapping[int, LogReport]) -> Iterator[tuple[int, LogReport]]:
+        """What members have printed since their newest report; nothing of those that do not answer."""
+        calls: dict[Any, int] = {
+            self._actors[member].rest_of_log.remote(report): member
+            for member, report in newest.items()
+            if member in self._actors
+        }
+        ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LAST_WORDS_S) if calls else ([], [])
         for call in ready:
             with contextlib.suppress(RayActorError, RayTaskError):
-                report = ray.get(call)
-                if report is not None:
-                    yield calls[call], report
+                yield calls[call], ray.get(call)
 
     def kill(self) -> None:
         """End every actor, and what it started, and wait until they are gone."""

@@ -8,10 +8,12 @@ file system need be shared and nothing is lost with a process on the supervisor'
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, final
@@ -30,7 +32,7 @@ _BACKLOG_BYTES = 2**20
 _MAX_WAITING = 100
 """Reports waiting for a supervisor beyond which no output is added to them."""
 _EARLY_BYTES = TICK_BYTES
-"""Output kept per rank until the run directory exists."""
+"""Output kept until the run directory exists, or its process has a rank."""
 _RAY_MARK = re.compile(rb"^:(job_id|actor_name|task_name):.*\n", flags=re.M)
 
 
@@ -55,6 +57,10 @@ class Tail:
     def read(self) -> str:
         """The next whole lines, some `TICK_BYTES` of them."""
         return "".join(self._read(path) for path in self.read_to)
+
+    def read_all(self) -> str:
+        """All that is left, of a long backlog its end."""
+        return "".join(iter(self.read, ""))
 
     def _read(self, path: str) -> str:
         note = b""
@@ -87,26 +93,26 @@ class LogSender:
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
         self._tail = Tail.of_this_process()
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
 
     def start(self) -> None:
-        self._outbox.put(self.rest())  # says where the files are, before anything can go wrong
+        self._outbox.put(self._next())  # says where the files are, before anything can go wrong
         threading.Thread(target=self._run, name="revdist-logs", daemon=True).start()
 
-    def rest(self) -> LogReport:
-        """What has not been sent yet."""
-        with self._lock:
-            text = self._tail.read()
-            return LogReport(text=text, host=socket.gethostname(), read_to=dict(self._tail.read_to))
-
-    def stop(self) -> None:
-        self._ended.set()
-
     def _run(self) -> None:
-        while not self._ended.wait(_TICK_S):
-            if self._outbox.waiting < _MAX_WAITING and (report := self.rest()).text:
+        while True:
+            time.sleep(_TICK_S)
+            if self._outbox.waiting < _MAX_WAITING and (report := self._next()).text:
                 self._outbox.put(report)
+
+    def _next(self) -> LogReport:
+        text = self._tail.read()
+        return LogReport(text=text, host=socket.gethostname(), read_to=dict(self._tail.read_to))
+
+
+def rest_of(report: LogReport) -> LogReport:
+    """What its files hold beyond a report, on the host that has them."""
+    tail = Tail(report.read_to)
+    return dataclasses.replace(report, text=tail.read_all(), read_to=tail.read_to)
 
 
 @final
@@ -116,19 +122,27 @@ class LogGatherer:
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self._newest: dict[int, LogReport] = {}
+        self._waiting: dict[int, str] = {}
 
-    def take(self, rank: int, report: LogReport) -> None:
-        self._newest[rank] = report
-        if report.text:
-            self._observer.on_log(rank, report.text)
+    def take(self, member: int, rank: int, report: LogReport) -> None:
+        """rank: of the process with this number; -1: it has none yet, and what it prints is told once it has."""
+        self._newest[member] = report
+        text = self._waiting.pop(member, "") + report.text
+        if text and rank < 0:
+            self._waiting[member] = text[-_EARLY_BYTES:]
+        elif text:
+            self._observer.on_log(rank, text)
 
-    def lost(self, rank: int) -> None:
-        """A rank's process has ended: read the rest of its files, where they are on this host."""
-        report = self._newest.pop(rank, None)
+    @property
+    def newest(self) -> Mapping[int, LogReport]:
+        """By member: how far its output has been told."""
+        return self._newest
+
+    def lost(self, member: int, rank: int) -> None:
+        """A process has ended: read the rest of its files, where they are on this host."""
+        report = self._newest.pop(member, None)
         if report is not None and report.host == socket.gethostname():
-            text = Tail(report.read_to).read()
-            if text:
-                self._observer.on_log(rank, text)
+            self.take(member, max(rank, 0), rest_of(report))
 
 
 @final

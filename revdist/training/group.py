@@ -70,7 +70,7 @@ class Group:
             # The first rank keeps its way to its own store, which serves later groups too.
             self._ends = frozenset({(rendezvous.host, rendezvous.port)} if rendezvous.rank else ())
             self._own_ports = frozenset()
-        _announce(rendezvous)
+        announce(rendezvous)
         try:
             store = dist.PrefixStore(rendezvous.prefix, self._store(rendezvous))  # type: ignore[attr-defined]
             self._meet(store, "here", rendezvous, str(rendezvous.rank))
@@ -175,7 +175,8 @@ def _store(rendezvous: Rendezvous, listener: socket.socket | None) -> Any:
     )
 
 
-def _announce(rendezvous: Rendezvous) -> None:
+def announce(rendezvous: Rendezvous) -> None:
+    """Set what torchrun sets for user code: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
     os.environ.update(
         RANK=str(rendezvous.rank),
         LOCAL_RANK=str(rendezvous.local_rank),

@@ -23,7 +23,7 @@ from revdist.planning.accuracy import largest_error
 from revdist.planning.costs import Mode, Profile
 from revdist.planning.replay import uniform
 from revdist.training.evaluation import evaluate
-from revdist.training.group import Group, is_broken
+from revdist.training.group import Group, announce, is_broken
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.local_step import LocalStep
 from revdist.training.loop import Loop, Pause, Trained
@@ -81,7 +81,8 @@ class Replica:
         try:
             self._live()
         except Exception as error:
-            _log.debug("rank %d failed", self.rank, exc_info=True)
+            expected = isinstance(error, RevdistError)
+            _log.log(logging.DEBUG if expected else logging.ERROR, "rank %d failed", self.rank, exc_info=True)
             self._saver.close()
             self._outbox.put(self._failure(error))
         finally:
@@ -90,6 +91,8 @@ class Replica:
     def _live(self) -> None:
         torch.set_num_threads(self._config.threads_per_worker)
         self._device.activate(f"revdist {self._config.name} rank {self.rank}")
+        if self._assignment.rendezvous is not None:
+            announce(self._assignment.rendezvous)  # before user code is called, which may ask for its rank
         trained = self._prepare()
         self._membership = Membership(trained, self._group, self._inbox, self._outbox, rank=self.rank)
         self._loop = self._begin(trained, self._membership)
