@@ -52,7 +52,7 @@ class Tail:
     def of_this_process(cls) -> Tail:
         """The files that standard output and error of this process lead to, where they are files."""
         targets = {os.path.realpath(f"/proc/self/fd/{number}") for number in (1, 2)}
-        return cls({path: 0 for path in sorted(targets) if os.path.isfile(path)})
+        return cls({path: 0 for path in sorted(targets, reverse=True) if os.path.isfile(path)})  # stdout first
 
     def read(self) -> str:
         """The next whole lines, some `TICK_BYTES` of them."""
