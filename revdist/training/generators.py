@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +17,19 @@ import torch
 from revdist.errors import CheckpointError
 
 
-def generators_to_json() -> str:
-    """The state of torch's generators, NumPy's global one and Python's, as of now."""
+def generator_states() -> dict[str, Any]:
+    """The state of torch's generators, NumPy's global one and Python's, as of now, in what JSON can hold."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return json.dumps(
-        {
-            "torch": bytes(torch.get_rng_state().numpy()).hex(),
-            "cuda": [bytes(state.numpy()).hex() for state in torch.cuda.get_rng_state_all()],
-            "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
-            "python": random.getstate(),
-        }
-    )
+    return {
+        "torch": bytes(torch.get_rng_state().numpy()).hex(),
+        "cuda": [bytes(state.numpy()).hex() for state in torch.cuda.get_rng_state_all()],
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
 
 
 def restore_generators(text: str) -> None:
-    """Put the generators into a state that `generators_to_json` gave; GPUs that were not there keep theirs.
+    """Put the generators into a state that `generator_states` gave, as JSON; GPUs that were not there keep theirs.
 
     Raises CheckpointError for anything else.
     """

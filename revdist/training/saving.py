@@ -7,11 +7,12 @@ copy of the state in host memory and goes on while a thread writes it.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from revdist.planning.costs import Plan, Profile
 from revdist.training import checkpoint_files
 from revdist.training.checkpoint_files import PROFILES_FILE, Progress
 from revdist.training.checkpoint_folders import Folder, Place, open_folder
-from revdist.training.generators import generators_to_json, restore_generators
+from revdist.training.generators import generator_states, restore_generators
 from revdist.training.host_tensors import Staging
 from revdist.training.orders import Shares
 from revdist.training.parts import Parts
@@ -106,8 +107,9 @@ class Saver:
                 CheckpointError(f"no host memory for a copy of {num_bytes} bytes, from which step {step} is saved")
             )
             return
-        documents = self._documents(plans)
+        generators = generator_states()
         pause_s = time.perf_counter() - began_s
+        documents = functools.partial(self._documents, tuple(plans), generators)
         self._writing = threading.Thread(
             target=self._write, args=(state, progress, documents, pause_s), name="revdist-save", daemon=True
         )
@@ -145,16 +147,20 @@ class Saver:
         if self._writing is not None:
             self._writing.join(patience_s)
 
-    def _documents(self, plans: Sequence[Plan]) -> dict[str, str]:
+    def _documents(self, plans: Sequence[Plan], generators: Mapping[str, Any]) -> dict[str, str]:
         return {
             "config.yaml": self._config.to_yaml(),
             "plans.json": json.dumps([json.loads(plan.to_json()) for plan in plans]),
             PROFILES_FILE: checkpoint_files.profiles_to_json(self._profiles),
-            _GENERATORS_FILE: generators_to_json(),
+            _GENERATORS_FILE: json.dumps(generators),
         }
 
     def _write(
-        self, state: Mapping[str, Tensor], progress: Progress, documents: Mapping[str, str], pause_s: float
+        self,
+        state: Mapping[str, Tensor],
+        progress: Progress,
+        documents: Callable[[], Mapping[str, str]],
+        pause_s: float,
     ) -> None:
         """Write one checkpoint; runs beside the training."""
         began_s = time.perf_counter()
@@ -162,7 +168,7 @@ class Saver:
             from revdist.training import checkpoint  # seconds to import, for which no step waits
 
             folder = open_folder(self._place)
-            saved = checkpoint.save(folder, state, progress, documents)
+            saved = checkpoint.save(folder, state, progress, documents())
         except CheckpointError as error:
             self._fail(error)
             return

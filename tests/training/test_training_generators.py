@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from revdist.errors import CheckpointError
-from revdist.training.generators import generators_to_json, restore_generators
+from revdist.training.generators import generator_states, restore_generators
 
 
 def draw() -> list[float]:
@@ -22,7 +23,7 @@ def test_the_draws_go_on_where_they_stopped() -> None:
     np.random.seed(2)
     torch.manual_seed(3)
     draw()
-    saved = generators_to_json()
+    saved = json.dumps(generator_states())
     after = draw()
     draw()
     restore_generators(saved)
