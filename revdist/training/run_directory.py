@@ -13,7 +13,8 @@
     tensorboard/    loss, speed and memory as TensorBoard event files
     checkpoints/    saved training state
 
-A run writes through one `RunWriter`; a line is complete or absent, so files can be read while they grow.
+A run writes through one `RunWriter`; a line is complete or absent, so files can be read while they grow,
+and waits in memory while the disk is full, so that the run goes on.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO, final
+from typing import Any, final
 
 from revdist.config import RunConfig
 from revdist.errors import ConfigError
 from revdist.planning.costs import Plan, Schedule
+from revdist.training.line_file import LineFile
 from revdist.training.tensorboard import TensorBoardLog
 
 EVENT_KINDS = (
@@ -65,7 +67,7 @@ class RunWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files: dict[str, TextIO] = {}
+        self._files: dict[str, LineFile] = {}
         self._tensorboard: TensorBoardLog | None = None
 
     def create(self, config: RunConfig) -> None:
@@ -77,7 +79,7 @@ class RunWriter:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
             (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             for name in ("plans", "metrics", "events"):
-                self._files[name] = (self.path / f"{name}.jsonl").open("a", encoding="utf-8", buffering=1)
+                self._files[name] = LineFile(self.path / f"{name}.jsonl")
             if config.tensorboard:
                 self._tensorboard = TensorBoardLog(self.path / "tensorboard")
         except OSError as error:
@@ -115,7 +117,7 @@ class RunWriter:
             self._tensorboard.close()
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
-        self._files[name].write(json.dumps(_finite(record)) + "\n")
+        self._files[name].append(json.dumps(_finite(record)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
