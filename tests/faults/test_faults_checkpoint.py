@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from replicas import Outcome, assert_no_failure, run_config, run_replicas
+from runs import Watcher, settings
 from test_training_replicas import largest_difference, train_alone
 
+import revdist
 from revdist.errors import CheckpointError
 from revdist.training.checkpoint_files import checkpoints, newest_whole
 from revdist.training.reports import EventReport, FailureReport
+from revdist.training.run_directory import RunReader
 
 pytestmark = pytest.mark.usefixtures("devices_folder")
 
@@ -69,9 +73,39 @@ def test_a_full_disk_stops_no_step_and_the_run_can_be_resumed(small_disk: Callab
     assert largest_difference(resumed.state(), train_alone(config, dtype=torch.float64, wide=True)) < 1e-10
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("running_ray")
+def test_a_run_directory_on_a_full_disk_gets_every_line_once_there_is_room(small_disk: Callable[[str], Path]) -> None:
+    folder = small_disk("1m")
+    filler = folder / "filler"
+
+    def fill_and_free(step: int) -> None:
+        if step == 3:
+            filler.write_bytes(b"")
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if step == 8:
+            filler.unlink()
+
+    watcher = Watcher(fill_and_free)
+    trainer = revdist.Trainer(
+        settings(epochs=None, steps=12, checkpoint={"every_steps": 2}), observer=watcher, run_dir=folder / "run"
+    )
+    trainer.fit()
+    reader = RunReader(folder / "run")
+    assert [line["step"] for line in reader.metrics()] == list(range(1, 13))
+    kinds = [event["kind"] for event in reader.events()]
+    assert kinds == [event["kind"] for event in watcher.events]
+    assert "checkpoint-failed" in kinds
+    assert kinds[-2:] == ["checkpoint", "end"]
+    assert newest_whole(folder / "run" / "checkpoints").checkpoint.step == 12
+
+
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
+import revdist
 from revdist.errors import CheckpointError
 from revdist.training import checkpoint
 from revdist.training.checkpoint_files import Progress, newest_whole
