@@ -127,11 +127,19 @@ def test_a_run_directory_is_not_overwritten(tmp_path: Path) -> None:
         fit(tmp_path)
 
 
-def test_a_run_resumes_from_its_newest_checkpoint(tmp_path: Path) -> None:
-    fit(tmp_path, steps=4, epochs=None)
+@pytest.mark.parametrize("location", ["", "local://{}/far/away"])
+def test_a_run_resumes_from_its_newest_checkpoint(location: str, tmp_path: Path) -> None:
+    saved = {"location": location.format(tmp_path)}
+    fit(tmp_path, steps=4, epochs=None, checkpoint=saved)
     watcher = Watcher()
-    trainer = revdist.Trainer(settings(steps=7, epochs=None), observer=watcher, run_dir=tmp_path / "run", resume=True)
+    trainer = revdist.Trainer(
+        settings(steps=7, epochs=None, checkpoint=saved), observer=watcher, run_dir=tmp_path / "run", resume=True
+    )
     result = trainer.fit()
+    place = saved["location"] or str(tmp_path / "run" / "checkpoints")
+    told = [event["detail"] for event in watcher.events if event["kind"] in ("resumed", "checkpoint")]
+    assert told[0].startswith(f"{place}/step-000000004, written by ")
+    assert told[1] == f"{place}/step-000000007"
     assert [step["step"] for step in watcher.steps] == [5, 6, 7]
     assert result.metrics["samples"] == 70
     assert len(list(RunReader(result.run_dir).metrics())) == 7
