@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
-from revdist.config import CoTenantConfig, DeviceSpec
+from revdist.cluster.placement import Place
+from revdist.config import CoTenantConfig
 from revdist.devices import open_device
 from revdist.devices.device import Device
 from revdist.devices.reading import Reading
@@ -25,10 +27,12 @@ from revdist.training.network import listen
 if TYPE_CHECKING:
     from revdist.training.orders import Assignment, Inbox, Regroup, Shares
     from revdist.training.replica import Replica
-    from revdist.training.reports import LogReport, Outbox, Report
+    from revdist.training.reports import CurveReport, LogReport, Outbox, PlanReport, Report
 
 NUM_THREADS = 6
 """Calls an actor answers at once; one of them waits for reports."""
+_SAVE_S = 120.0
+"""Longest time that an orphan takes to save before it leaves."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +47,43 @@ class Location:
     reading: Reading
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What a replica's process tells a supervisor that takes over."""
+
+    place: Place
+    location: Location
+    group: int
+    """Number of the newest group that it knows of."""
+    rank: int
+    world_size: int
+    """Its rank and the number of ranks there."""
+    shares: Shares | None
+    """The newest that it has been told; None: it has not joined yet."""
+    curve: CurveReport | None
+    plan: PlanReport | None
+
+
 @final
 class ReplicaActor:
     """One rank's process."""
 
-    def __init__(self, rank: int, spec: DeviceSpec, environment: Mapping[str, str], paths: Sequence[str]) -> None:
-        """environment, paths: the driver's settings and where it finds modules; nothing happens here otherwise."""
+    def __init__(
+        self, place: Place, environment: Mapping[str, str], paths: Sequence[str], orphan_s: float | None
+    ) -> None:
+        """environment, paths: the driver's settings and where it finds modules; nothing happens here otherwise.
+
+        orphan_s: seconds without a word from a supervisor after which this process saves and leaves; None: it
+        ends with its driver anyway.
+        """
         os.environ.update(environment)
         sys.path.extend(path for path in paths if path not in sys.path)
-        self._rank = rank
-        self._spec = spec
+        self._place = place
+        self._spec = place.spec
+        self._location: Location | None = None
+        self._assignment: Assignment | None = None
+        self._orphan_s = orphan_s
+        self._heard_s = time.monotonic()
         self._device: Device | None = None
         self._listener: socket.socket | None = None
         self._inbox: Inbox | None = None
@@ -69,18 +100,22 @@ class ReplicaActor:
             kind=self._spec.kind, name=self._spec.name, uuid=self._uuid(), capacity_bytes=self._spec.capacity
         )
         self._listener = listen(address)
-        return Location(
+        self._location = Location(
             host=socket.gethostname(),
             address=address,
             pid=os.getpid(),
             store_port=self._listener.getsockname()[1],
             reading=self._device.read(),
         )
+        return self._location
 
     def start(self, assignment: Assignment) -> None:
         """Let the replica live, in a thread of its own."""
         from revdist.cluster.logs import LogSender
 
+        self._assignment = assignment
+        if self._orphan_s is not None:
+            threading.Thread(target=self._leave_as_orphan, name="revdist-orphan", daemon=True).start()
         LogSender(self._channels()[1]).start()
         threading.Thread(
             target=self._live, args=(assignment, self._channels()), name="revdist-train", daemon=True
@@ -88,7 +123,29 @@ class ReplicaActor:
 
     def reports(self, after: int, timeout_s: float) -> tuple[int, list[Report]]:
         """Reports after number `after`, as `Outbox.read`."""
+        self._heard_s = time.monotonic()
         return self._channels()[1].read(after, timeout_s=timeout_s)
+
+    def standing(self) -> Standing:
+        """Everything that a supervisor which takes over needs to know."""
+        from revdist.training.reports import CurveReport, PlanReport
+
+        self._heard_s = time.monotonic()
+        inbox, outbox = self._channels()
+        order = inbox.newest_order
+        rendezvous = None if self._assignment is None else self._assignment.rendezvous
+        rendezvous = rendezvous if order is None else order.rendezvous
+        assert self._location is not None
+        return Standing(
+            place=self._place,
+            location=self._location,
+            group=inbox.newest_group,
+            rank=-1 if rendezvous is None else rendezvous.rank,
+            world_size=0 if rendezvous is None else rendezvous.world_size,
+            shares=inbox.newest_shares,
+            curve=outbox.latest(CurveReport),
+            plan=outbox.latest(PlanReport),
+        )
 
     def rest_of_log(self, report: LogReport) -> LogReport:
         """What this process has printed since a report."""
@@ -106,6 +163,7 @@ class ReplicaActor:
 
     def answer(self) -> None:
         """Say that this process is alive."""
+        self._heard_s = time.monotonic()
 
     def stop(self, reason: str) -> None:
         """Save and leave at the next step boundary."""
@@ -115,10 +173,6 @@ class ReplicaActor:
         """The device's memory now."""
         assert self._device is not None
         return self._device.read()
-
-    def status(self) -> dict[str, Any]:
-        """Where the replica is, for whoever attaches to a run."""
-        return {"rank": self._rank, "pid": os.getpid(), "step": 0 if self._replica is None else self._replica.step}
 
     def start_co_tenant(self, co_tenant: CoTenantConfig) -> int:
         """Let another process take memory of a device of this host; returns its pid."""
@@ -141,6 +195,16 @@ class ReplicaActor:
         assert self._device is not None
         self._replica = Replica(assignment, self._device, *channels, self._listener)
         self._replica.run()
+
+    def _leave_as_orphan(self) -> None:
+        """Save and leave once no supervisor has been heard for too long."""
+        assert self._orphan_s is not None
+        while time.monotonic() - self._heard_s < self._orphan_s:
+            time.sleep(self._orphan_s / 20)
+        inbox, outbox = self._channels()
+        inbox.stop(f"no supervisor for {self._orphan_s:.0f} s")
+        outbox.wait_until_closed(_SAVE_S)
+        os._exit(0)
 
     def _channels(self) -> tuple[Inbox, Outbox]:
         if self._inbox is None or self._outbox is None:

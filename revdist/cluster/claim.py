@@ -52,6 +52,12 @@ def state_of(run_dir: Path, record: RunRecord) -> State:
     return "lost"
 
 
+def is_orphaned(run_dir: Path) -> bool:
+    """Whether a detached run was left by a driver that was killed: its replicas may be alive."""
+    record = read_record(run_dir)
+    return record is not None and record.detached and record.ended_s is None and not is_alive(run_dir)
+
+
 def refuse_living(run_dir: Path) -> None:
     """Raise ConfigError, saying whose it is, where a run is alive in a directory."""
     if is_alive(run_dir):
@@ -72,15 +78,19 @@ class RunClaim(Observer):
         self._lock: int | None = None
         self._made: list[Path] = []
         self._environment: dict[str, str | None] = {}
+        before = read_record(run_dir)
+        self.orphans = before.run_id if before is not None and is_orphaned(run_dir) else None
+        """The run whose replicas may live on: its driver was killed."""
+        given = os.environ.get(RUN_ID) if DETACHED in os.environ else None
         self.record = RunRecord(
             name=name,
-            run_id=secrets.token_hex(8),
+            run_id=self.orphans or given or secrets.token_hex(8),
             host=socket.gethostname(),
             process=own_process(),
             state="starting",
             began_s=time.time(),
             log_dir=str(log_dir),
-            detached=DETACHED in os.environ,
+            detached=DETACHED in os.environ or self.orphans is not None,
         )
 
     def __enter__(self) -> Self:

@@ -10,20 +10,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
-from revdist.cluster.actor import Location
+from revdist.cluster.crew import Crew
 from revdist.cluster.failures import Failure, describe, first_failure, is_survivable, run_failed, what_failed
-from revdist.cluster.fleet import Fleet, Lost
-from revdist.cluster.groups import Groups
+from revdist.cluster.fleet import Lost
 from revdist.cluster.logs import LogGatherer
 from revdist.cluster.observer import Observer
-from revdist.cluster.placement import Place
 from revdist.cluster.records import device_records, event_record, replan_record, run_event, step_record, summary_record
 from revdist.cluster.recruiting import Recruiter
 from revdist.cluster.rehearsal import Rehearsal
 from revdist.cluster.shares import ShareKeeper
+from revdist.cluster.takeover import last_step
 from revdist.config import RunConfig
 from revdist.devices.reading import Reading
 from revdist.errors import Preempted
@@ -60,10 +59,7 @@ class Controller:
     def __init__(
         self,
         config: RunConfig,
-        fleet: Fleet,
-        groups: Groups,
-        locations: Mapping[int, Location],
-        places: Mapping[int, Place],
+        crew: Crew,
         writer: RunWriter,
         observer: Observer,
         *,
@@ -71,21 +67,21 @@ class Controller:
         checkpoint_folder: str,
         stop_reason: Callable[[], str | None],
     ) -> None:
-        """groups: with the first one formed. locations, places: of its members. assign: what a newcomer is to do.
+        """assign: what a newcomer is to do.
         stop_reason: asked often; why the run shall save and end, None while it shall not.
         """
         self._config = config
-        self._fleet = fleet
-        self._groups = groups
-        self._locations = dict(locations)
-        self._recruiter = Recruiter(config, fleet, places, assign=assign, tell=self._tell)
+        self._fleet = crew.fleet
+        self._groups = crew.groups
+        self._locations = dict(crew.locations)
+        self._recruiter = Recruiter(config, crew.fleet, crew.places, assign=assign, tell=self._tell)
         self._writer = writer
         self._observer = observer
         self._checkpoint_folder = checkpoint_folder
         self._stop_reason = stop_reason
-        self._keeper = ShareKeeper(config, groups.members)
+        self._keeper = ShareKeeper(config, crew.groups.members)
         self._logs = LogGatherer(observer)
-        self._rehearsal = Rehearsal(config.co_tenants, locations, fleet)
+        self._rehearsal = Rehearsal(config.co_tenants, crew.locations, crew.fleet)
         self._plans: dict[int, list[PlanReport]] = defaultdict(list)
         self._ended: dict[int, EndReport] = {}
         self._failures: dict[int, Failure] = {}
@@ -99,6 +95,8 @@ class Controller:
         self._train_s = 0.0
         self._began_s = time.monotonic()
         self._stop_by_s: float | None = None
+        if crew.standings:
+            self._take_over(crew)
 
     @property
     def started(self) -> bool:
@@ -234,6 +232,25 @@ class Controller:
 
     def _tell(self, trouble: str) -> None:
         self._event(run_event("lost", self._step, trouble))
+
+    def _take_over(self, crew: Crew) -> None:
+        """Go on where another supervisor was killed: members tell what it knew, the run directory what it wrote."""
+        self._writer.create(self._config)
+        self._last = last_step(self._writer.path / "metrics.jsonl")
+        for member, standing in crew.standings.items():
+            if standing.plan is not None:
+                self._plans[member].append(standing.plan)
+                self._observer.on_plan(standing.plan.plan, standing.plan.free_bytes)
+            if standing.curve is not None:
+                self._num_steps = standing.curve.num_steps
+        curves = {member: standing.curve for member, standing in crew.standings.items() if standing.curve is not None}
+        self._keeper.take_over(crew.shares, curves)
+        self._rehearsal.take_over(self._step)
+        self._event(run_event("supervisor", self._step, f"another one took over {len(crew.standings)} replicas"))
+        if crew.is_whole:
+            self._fleet.adopt(crew.shares, crew.groups.members)  # not everyone need have received them
+        else:
+            self._regroup(list(crew.standings), reason="lost", orderly=False)
 
     def _event(self, record: dict[str, Any]) -> None:
         self._observer.on_event(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -25,14 +26,16 @@ _GIVE_UP_S = 30.0
 class DetachedRun:
     """A driver that was started in the background, as seen by the process that started it."""
 
-    def __init__(self, arguments: Sequence[str], run_dir: Path, log_dir: Path) -> None:
+    def __init__(self, arguments: Sequence[str], run_dir: Path, log_dir: Path, *, cores: int | None) -> None:
         """Start `revdist` with these arguments, in the current folder, its output going to a file of `log_dir`.
 
+        cores: that a Ray cluster of its own must offer; None: the arguments name another one.
         Raises ConfigError where the file cannot be written.
         """
         self.run_dir = run_dir
         self.log = log_dir / LAUNCHER_LOG
-        environment = {name: value for name, value in os.environ.items() if name != RUN_ID}
+        self._run_id = secrets.token_hex(8)
+        command = ["-m", "revdist.cluster.watchman", "-" if cores is None else str(cores), str(run_dir), *arguments]
         try:
             run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
             log_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -41,8 +44,8 @@ class DetachedRun:
             raise ConfigError(f"cannot write {self.log}: {error.strerror}; choose another --run-dir") from error
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "revdist.cli", *arguments],
-                env={**environment, DETACHED: "1"},
+                [sys.executable, *command],
+                env={**os.environ, DETACHED: "1", RUN_ID: self._run_id},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -71,7 +74,7 @@ class DetachedRun:
 
     def _record(self) -> RunRecord | None:
         record = read_record(self.run_dir)
-        return record if record is not None and record.process.pid == self._process.pid else None
+        return record if record is not None and record.run_id == self._run_id else None
 
     def _ended_without_a_word(self) -> RunRecord:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LOG_LINES:]

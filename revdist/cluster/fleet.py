@@ -26,6 +26,12 @@ _POLL_S = 5.0
 _LAST_WORDS_S = 2.0
 """Longest wait for what ranks printed at the end."""
 
+NAMESPACE = "revdist"
+"""Ray namespace of the actors that outlive their driver."""
+ORPHAN_S = "REVDIST_ORPHAN_S"
+"""Variable: seconds for which replicas of a detached run train on without a supervisor before they save and leave."""
+_ORPHAN_S = 60.0
+
 _DEATH_S = 5.0
 """Longest wait for killed actors to be gone."""
 
@@ -71,8 +77,10 @@ class _Heart:
 class Fleet:
     """The actors of a run by member number: one per replica, those that were lost left out."""
 
-    def __init__(self, places: Sequence[Place], *, threads: int) -> None:
+    def __init__(self, places: Sequence[Place], *, threads: int, run_id: str | None = None) -> None:
+        """run_id: given, the actors outlive this process, and are found again by it."""
         self._threads = threads
+        self._run_id = run_id
         self._actors: dict[int, Any] = {}
         self._last: dict[int, int] = {}
         self._waiting: dict[Any, int] = {}
@@ -89,9 +97,18 @@ class Fleet:
     def add(self, place: Place) -> int:
         """Start another actor; returns its member number at once."""
         member, self._next = self._next, self._next + 1
-        self._actors[member] = _create(place, self._threads)
+        name = None if self._run_id is None else f"{self._run_id}-{member}"
+        self._actors[member] = _create(place, self._threads, name)
         self._last[member] = 0
         return member
+
+    def take_over(self, actors: Mapping[int, Any], *, next_member: int) -> None:
+        """Supervise actors that another process started. They report what has not been acknowledged."""
+        self._next = next_member
+        for member, actor in actors.items():
+            self._actors[member] = actor
+            self._last[member] = 0
+            self._ask(member)
 
     def locate(self, addresses: Mapping[int, str]) -> list[Location]:
         """Where actors run, with their devices open. Raises what opening a device raises."""
@@ -239,12 +256,19 @@ class Fleet:
                 heart.asked_s, heart.question = now_s, self._actors[member].answer.remote()
 
 
-def _create(place: Place, threads: int) -> Any:
+def _create(place: Place, threads: int, name: str | None) -> Any:
     environment = {name: value for name, value in os.environ.items() if name.startswith("REVDIST_")}
-    options = ray.remote(ReplicaActor).options(
-        num_cpus=threads,
-        num_gpus=1 if place.spec.kind == "cuda" else 0,
-        max_concurrency=NUM_THREADS,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False),
+    options: dict[str, Any] = {
+        "num_cpus": threads,
+        "num_gpus": 1 if place.spec.kind == "cuda" else 0,
+        "max_concurrency": NUM_THREADS,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node_id, soft=False),
+    }
+    if name is not None:
+        options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
+    orphan_s = None if name is None else float(os.environ.get(ORPHAN_S, _ORPHAN_S))
+    return (
+        ray.remote(ReplicaActor)
+        .options(**options)
+        .remote(place, environment, [path for path in sys.path if path], orphan_s)
     )
-    return options.remote(place.rank, place.spec, environment, [path for path in sys.path if path])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import final
+from typing import Self, final
 
 from revdist.cluster.actor import Location
 from revdist.training.orders import Regroup, Rendezvous, Shares
@@ -24,6 +24,14 @@ class Groups:
         self._prefix = prefix
         self._formed: list[tuple[int, ...]] = []
         self._entered = 0
+
+    @classmethod
+    def taken_over(cls, prefix: str, number: int, members: Sequence[int]) -> Self:
+        """Groups of a run that another supervisor led to group `number`. prefix: another than the one it used."""
+        groups = cls(prefix)
+        groups._formed = [tuple(members)] * (number + 1)
+        groups._entered = number
+        return groups
 
     @property
     def number(self) -> int:

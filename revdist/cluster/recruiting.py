@@ -56,7 +56,14 @@ class Recruiter:
         self._places = dict(places)
         self._assign = assign
         self._tell = tell
-        self._lost: list[Place] = []
+        placed = {place.spec.name for place in places.values()}
+        listed = () if config.devices == "auto" else config.devices
+        # Where another supervisor led the run so far, devices may be missing already.
+        self._lost = [
+            Place(rank=-1, node_id="", address="", spec=spec)
+            for spec in listed
+            if spec.name and spec.name not in placed
+        ]
         self._restarts = 0
         self._failed = 0
         self._newcomers: dict[int, _Newcomer] = {}

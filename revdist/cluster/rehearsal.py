@@ -24,6 +24,12 @@ class Rehearsal:
         self._coming = list(enumerate(co_tenants))
         self._there: list[tuple[int, CoTenantConfig]] = []
 
+    def take_over(self, step: int) -> None:
+        """Go on where another one was after so many steps: its co-tenants are there."""
+        there = [entry for entry in self._coming if entry[1].from_step <= step < entry[1].to_step]
+        self._there.extend(there)
+        self._coming = [entry for entry in self._coming if entry[1].from_step > step]
+
     def after_step(self, step: int) -> list[dict[str, Any]]:
         """Carry out what is due once `step` steps are taken; returns the events."""
         events = []

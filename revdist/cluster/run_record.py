@@ -21,6 +21,9 @@ FILE = "run.json"
 RUN_ID = "REVDIST_RUN_ID"
 """Variable that every process of a run is started with, so that all of them are found when it shall end."""
 
+RAY_SESSION = "REVDIST_RAY_SESSION"
+"""Variable: folder of the Ray cluster's session, where a watchman keeps the cluster for the driver it starts."""
+
 State = Literal["starting", "running", "done", "failed", "stopped", "lost"]
 """lost: it was killed and could not say so. The others are written down."""
 

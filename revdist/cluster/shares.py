@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 from revdist.config import RunConfig
@@ -57,6 +57,14 @@ class ShareKeeper:
         if best == now or gain < self._config.replan.min_change:
             return None
         return self._publish(best, reason="share")
+
+    def take_over(self, shares: Shares, curves: Mapping[int, CurveReport]) -> None:
+        """Go on from what another keeper published. curves: the last that each member reported."""
+        self.shares = shares
+        for member, report in curves.items():
+            self._curves[member] = report.curve
+            if report.inverted is not None:
+                self._inverted[member] = report.inverted
 
     def regroup(self, members: Sequence[int], *, reason: str) -> Shares:
         """Shares of another group, in the order of its ranks. Every member's curve is known."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from revdist.cluster.claim import RunClaim, refuse_living
+from revdist.cluster.claim import RunClaim, is_orphaned, refuse_living
 from revdist.cluster.local import addresses, ray_cluster, session_folder
 from revdist.cluster.observer import Observer, Observers
+from revdist.cluster.run_record import RAY_SESSION
 from revdist.cluster.signals import StopRequest, stop_on_signals
 from revdist.config import RunConfig
 from revdist.devices.reading import Reading
@@ -21,6 +23,8 @@ from revdist.errors import ConfigError, NoFreeDevice, Preempted
 
 if TYPE_CHECKING:
     from revdist.cluster.actor import Location
+    from revdist.cluster.controller import Controller
+    from revdist.cluster.crew import Crew
     from revdist.cluster.fleet import Fleet
     from revdist.cluster.placement import Place
     from revdist.planning.costs import Plan
@@ -83,10 +87,11 @@ class Trainer:
         self.check()
         with (
             RunClaim(run_dir, name=self.config.name, log_dir=self.choose_log_dir(run_dir)) as claim,
-            ray_cluster(self.address, num_workers=self._num_workers()) as own_ray,
+            ray_cluster(self.address, num_workers=self.num_cores) as own_ray,
             stop_on_signals() as stop,
         ):
-            claim.update(own_ray=own_ray, ray_session=session_folder() if own_ray else "", **addresses())
+            session = session_folder() if own_ray else os.environ.get(RAY_SESSION, "")
+            claim.update(own_ray=bool(session), ray_session=session, **addresses())
             try:
                 return self._fit(claim, stop)
             except Preempted as error:
@@ -101,7 +106,7 @@ class Trainer:
         config = self.config
         for path in (config.model.factory, config.data.factory, config.loss, config.optimizer.factory):
             import_factory(path)
-        with ray_cluster(self.address, num_workers=self._num_workers()):
+        with ray_cluster(self.address, num_workers=self.num_cores):
             places, fleet = self._place()
             try:
                 return tuple(location.reading for location in _locate(places, fleet))
@@ -111,33 +116,24 @@ class Trainer:
     def _fit(self, claim: RunClaim, stop: StopRequest) -> Result:
         # Ray is connected by now, and its modules can be imported.
         from revdist.cluster.controller import Controller
-        from revdist.cluster.groups import Groups
         from revdist.cluster.logs import LogFiles
         from revdist.cluster.metrics import RunMetrics
         from revdist.training.run_directory import RunWriter
 
         run_dir = claim.run_dir
-        places, fleet = self._place()
         writer = RunWriter(run_dir)
         logs = LogFiles(self.choose_log_dir(run_dir))
         observer = Observers(claim, logs, RunMetrics(self.config.name), self.observer)
+        assign = functools.partial(self._assignment, run_dir)
+        crew = self._find(claim, observer) or self._start(claim, observer, assign)
         controller: Controller | None = None
         try:
-            locations = dict(zip(fleet.members, _locate(places, fleet), strict=True))
-            observer.on_start(run_dir, [location.reading for location in locations.values()])
-            groups = Groups(f"revdist-{uuid.uuid4().hex[:12]}")
-            meetings = groups.meet(list(locations), list(locations.values()))
-            assign = functools.partial(self._assignment, run_dir, len(places))
-            fleet.start({member: assign(meeting) for member, meeting in zip(locations, meetings, strict=True)})
             controller = Controller(
                 self.config,
-                fleet,
-                groups,
-                locations,
-                dict(zip(fleet.members, places, strict=True)),
+                crew,
                 writer,
                 observer,
-                assign=assign,
+                assign=functools.partial(assign, len(crew.places)),
                 checkpoint_folder=self._checkpoint_folder(run_dir),
                 stop_reason=stop,
             )
@@ -148,9 +144,46 @@ class Trainer:
                 controller.gather_logs()
             logs.close()
             writer.close()
-            fleet.kill()
+            crew.fleet.kill()
 
-    def _place(self) -> tuple[Sequence[Place], Fleet]:
+    def _find(self, claim: RunClaim, observer: Observer) -> Crew | None:
+        """The replicas of this run that outlived their driver; None where there are none, or none is alive."""
+        if claim.orphans is None:
+            return None
+        from revdist.cluster.takeover import find
+        from revdist.training.checkpoint_files import newest
+
+        crew = find(claim.orphans, threads=self.config.threads_per_worker)
+        if crew is None and self.resume:
+            newest(self._checkpoint_folder(claim.run_dir))
+        if crew is not None:
+            observer.on_start(claim.run_dir, [crew.locations[member].reading for member in crew.groups.members])
+        return crew
+
+    def _start(self, claim: RunClaim, observer: Observer, assign: Callable[..., Assignment]) -> Crew:
+        """Replicas on the devices that are free, at work on their first group."""
+        from revdist.cluster.crew import Crew
+        from revdist.cluster.groups import Groups
+
+        places, fleet = self._place(claim.record.run_id if claim.record.detached else None)
+        try:
+            locations = dict(zip(fleet.members, _locate(places, fleet), strict=True))
+            observer.on_start(claim.run_dir, [location.reading for location in locations.values()])
+            groups = Groups(f"revdist-{uuid.uuid4().hex[:12]}")
+            meetings = groups.meet(list(locations), list(locations.values()))
+            fleet.start({m: assign(len(places), meeting) for m, meeting in zip(locations, meetings, strict=True)})
+        except BaseException:
+            fleet.kill()
+            raise
+        return Crew(
+            fleet=fleet,
+            groups=groups,
+            locations=locations,
+            places=dict(zip(fleet.members, places, strict=True)),
+        )
+
+    def _place(self, run_id: str | None = None) -> tuple[Sequence[Place], Fleet]:
+        """Where replicas go, and their actors. run_id: given, they outlive this process."""
         from revdist.cluster.fleet import Fleet, hosts
         from revdist.cluster.placement import place
 
@@ -158,7 +191,7 @@ class Trainer:
         while True:
             try:
                 places = place(self.config, hosts())
-                return places, Fleet(places, threads=self.config.threads_per_worker)
+                return places, Fleet(places, threads=self.config.threads_per_worker, run_id=run_id)
             except NoFreeDevice:
                 if time.monotonic() > patient_until_s:
                     raise
@@ -200,7 +233,8 @@ class Trainer:
         if self.resume:
             from revdist.training.checkpoint_files import newest
 
-            newest(self._checkpoint_folder(run_dir))
+            if not is_orphaned(run_dir):  # else replicas may be alive, and there may be no checkpoint yet
+                newest(self._checkpoint_folder(run_dir))
         elif (run_dir / "config.yaml").exists():
             raise ConfigError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir")
         else:
@@ -232,7 +266,8 @@ class Trainer:
         """Absolute path of the folder for what ranks print."""
         return run_dir / "logs" if self.log_dir is None else Path(self.log_dir).absolute()
 
-    def _num_workers(self) -> int:
+    @property
+    def num_cores(self) -> int:
         """Cores that a cluster of our own must offer."""
         num_devices = 1 if self.config.devices == "auto" else len(self.config.devices)
         return num_devices * self.config.threads_per_worker

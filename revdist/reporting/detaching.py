@@ -26,7 +26,8 @@ def launch_detached(console: Console, errors: Console, trainer: Trainer, argumen
     log_dir = trainer.choose_log_dir(run_dir)
     more = [f"--run-dir={run_dir}", f"--log-dir={log_dir}", *(["--resume"] if trainer.resume else [])]
     with console.status(f"starting {trainer.config.name} in the background ..."):
-        run = DetachedRun([*arguments, *more], run_dir, log_dir)
+        cores = trainer.num_cores if trainer.address is None else None
+        run = DetachedRun([*arguments, *more], run_dir, log_dir, cores=cores)
         record = run.wait_until_under_way()
     if record.exit_code:
         errors.print(lines_text(record.error, in_order=record.state == "stopped"), soft_wrap=True)

@@ -115,6 +115,18 @@ class Inbox:
         return 0 if self._regroup is None else self._regroup.number
 
     @property
+    def newest_order(self) -> Regroup | None:
+        """The newest order to form another group."""
+        return self._regroup
+
+    @property
+    def newest_shares(self) -> Shares | None:
+        """The newest shares known; those of a group that is yet to be formed count."""
+        with self._changed:
+            known = [*self._shares.values(), *([] if self._regroup is None else [self._regroup.shares])]
+            return max(known, key=lambda shares: shares.generation, default=None)
+
+    @property
     def stop_reason(self) -> str | None:
         return self._stop_reason
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import deque
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from revdist.errors import RevdistError
 from revdist.planning.batch import StepTimeCurve
 from revdist.planning.costs import Plan
 from revdist.training.row import Row
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,10 +163,12 @@ class Outbox:
         self._reports: deque[tuple[int, Report]] = deque(maxlen=capacity)
         self._last = 0
         self._closed = False
+        self._latest: dict[type[Any], Any] = {}
         self._changed = threading.Condition()
 
     def put(self, report: Report) -> None:
         with self._changed:
+            self._latest[type(report)] = report
             self._last += 1
             self._reports.append((self._last, report))
             self._changed.notify_all()
@@ -173,6 +177,16 @@ class Outbox:
     def waiting(self) -> int:
         """Reports that no reader has acknowledged."""
         return len(self._reports)
+
+    def latest(self, kind: type[T]) -> T | None:
+        """The last report of a kind, acknowledged or not."""
+        with self._changed:
+            return self._latest.get(kind)
+
+    def wait_until_closed(self, timeout_s: float) -> None:
+        """Wait for the last report."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, timeout=timeout_s)
 
     def close(self) -> None:
         """No more reports will come: readers need not wait."""

@@ -42,6 +42,7 @@ EVENT_KINDS = (
     "lost",
     "joined",
     "regroup",
+    "supervisor",
     "checkpoint",
     "checkpoint-failed",
     "resumed",

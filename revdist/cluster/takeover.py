@@ -1,0 +1,95 @@
+"""A supervisor's death and the next one: replicas that outlive their driver, found and supervised again.
+
+The actors of a detached run have names and belong to nobody, so they train on when their driver is
+gone. What a supervisor knows, each of them can tell again. Where none comes back, they save and leave
+by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from revdist.cluster.actor import Standing
+from revdist.cluster.crew import Crew
+from revdist.cluster.fleet import NAMESPACE, Fleet
+from revdist.cluster.groups import Groups
+
+ANSWER_S = 10.0
+"""A replica that has not answered by then is taken for lost."""
+
+
+def find(run_id: str, *, threads: int) -> Crew | None:
+    """The replicas of a run that are alive in the connected cluster; None where there are none.
+
+    Those that had not joined yet, and those that do not answer, are ended.
+    """
+    actors = _actors(run_id)
+    calls = {member: actor.standing.remote() for member, actor in actors.items()}
+    if not calls:
+        return None
+    ray.wait(list(calls.values()), num_returns=len(calls), timeout=ANSWER_S)
+    standings = {}
+    for member, call in calls.items():
+        standing = _answer(call)
+        if standing is not None and standing.shares is not None:
+            standings[member] = standing
+        else:
+            ray.kill(actors[member])
+    if not standings:
+        return None
+    fleet = Fleet((), threads=threads, run_id=run_id)
+    fleet.take_over({member: actors[member] for member in standings}, next_member=max(actors) + 1)
+    newest = max(standing.group for standing in standings.values())
+    group = [member for member, standing in standings.items() if standing.group == newest]
+    group.sort(key=lambda member: standings[member].rank)
+    return Crew(
+        fleet=fleet,
+        groups=Groups.taken_over(f"revdist-{uuid.uuid4().hex[:12]}", newest, group),
+        locations={member: standing.location for member, standing in standings.items()},
+        places={member: standing.place for member, standing in standings.items()},
+        standings=standings,
+    )
+
+
+def end(run_id: str) -> int:
+    """Kill the replicas of a run that outlived its driver, in the connected cluster; returns how many there were."""
+    actors = _actors(run_id)
+    for actor in actors.values():
+        ray.kill(actor)
+    return len(actors)
+
+
+def last_step(metrics: Path) -> dict[str, Any] | None:
+    """The last whole line of metrics.jsonl; None where there is none."""
+    if not metrics.exists():
+        return None
+    lines = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return json.loads(lines[-1]) if lines else None
+
+
+def _actors(run_id: str) -> dict[int, Any]:
+    prefix = f"{run_id}-"
+    listed: Sequence[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    names = [one["name"] for one in listed if one["namespace"] == NAMESPACE and one["name"].startswith(prefix)]
+    found = {}
+    for name in names:
+        try:
+            found[int(name.removeprefix(prefix))] = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:  # it has died since it was listed
+            continue
+    return found
+
+
+def _answer(call: Any) -> Standing | None:
+    try:
+        answer: Standing = ray.get(call, timeout=0)
+    except (RayActorError, GetTimeoutError):
+        return None
+    return answer
