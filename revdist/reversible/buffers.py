@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 
 Slot = tuple[nn.Module, str]
 """Where a buffer lives: its module and its name there."""
@@ -70,16 +70,17 @@ class MutableBuffers:
         return lost
 
 
-def substitutes(modules: Sequence[nn.Module], snapshots: Sequence[Snapshot]) -> dict[Slot, Tensor | None]:
-    """What stands in for every buffer that a replay would write to: a clone, or nothing where nothing will do."""
+def substitutes(
+    modules: Sequence[nn.Module], snapshots: Sequence[Snapshot], settled: Sequence[nn.Module]
+) -> dict[Slot, Tensor | None]:
+    """What stands in for every buffer that a replay would write to; `settled` norms are given their statistics."""
     found: dict[Slot, Tensor | None] = {}
     for snapshot in snapshots:
         if snapshot.before is not None:
             found[snapshot.slot] = snapshot.before.clone()
     for module in modules:
         if isinstance(module, _NormBase) and module.training:
-            can_do_without = type(module).forward is _BatchNorm.forward
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    found[module, name] = None if can_do_without else buffer.clone()
+                    found[module, name] = None if module in settled else buffer.clone()
     return found

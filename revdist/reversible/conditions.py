@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.reversible.buffers import substitutes
 from revdist.reversible.notes import Notes
+from revdist.reversible.statistics import BatchStatistics
 
 if TYPE_CHECKING:
     from revdist.reversible.operator import Operator
@@ -37,16 +38,23 @@ class Ambience:
 
     def now(self) -> Ambience:
         """The present random state: this very object where nobody drew, so that nothing more is kept."""
-        present = Ambience(self._device, self._autocast)
-        return self if present._random == self._random else present
+        if _random_state(self._device) == self._random:
+            return self
+        return Ambience(self._device, self._autocast)
 
-    def enter(self, stack: contextlib.ExitStack, *, random: bool) -> None:
-        """Autocast as it was until the stack unwinds; if `random`, the present random state comes back then."""
-        for device_type, enabled, dtype, cached in self._autocast:
-            if enabled or torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, dtype, enabled, cached))
-        if random:
-            stack.callback(_set_random_state, self._device, _random_state(self._device))
+    @contextlib.contextmanager
+    def entered(self, *, random: bool) -> Iterator[None]:
+        """Inside, autocast is as it was; if `random`, the present random state comes back afterwards."""
+        present = _random_state(self._device) if random else ()
+        with contextlib.ExitStack() as stack:
+            for device_type, enabled, dtype, cached in self._autocast:
+                if enabled or torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, dtype, enabled, cached))
+            try:
+                yield
+            finally:
+                if random:
+                    _set_random_state(self._device, present)
 
     def rewind_random(self) -> None:
         """Set the random state to what it was."""
@@ -58,7 +66,7 @@ class Conditions:
 
     __slots__ = (
         "_ambience", "_collectives", "_drew", "_flags", "_lost", "_modules", "_notes", "_operator", "_parameters",
-        "_snapshots", "_versions",
+        "_snapshots", "_versions", "statistics",
     )  # fmt: skip
 
     def __init__(self, operator: Operator, ambience: Ambience) -> None:
@@ -73,6 +81,7 @@ class Conditions:
         self._collectives = operator.communication.watch(training=self._flags[0])
         self._notes = Notes()
         self._lost = ""
+        self.statistics = BatchStatistics(self._modules)
 
     @contextlib.contextmanager
     def first_run(self) -> Iterator[None]:
@@ -91,6 +100,7 @@ class Conditions:
         self._notes = Notes()
         self._snapshots = []
         self._collectives = None
+        self.statistics = BatchStatistics(())
 
     def owned_ids(self) -> set[int]:
         """Identities of the operator's parameters, and of its buffers as they are now."""
@@ -105,19 +115,23 @@ class Conditions:
         Raises BoundaryModified where a parameter has been edited since the forward.
         """
         self._check()
-        with contextlib.ExitStack() as stack:
-            self._ambience.enter(stack, random=self._drew)
-            stack.callback(self._set_flags, [member.training for member in self._modules])
-            self._set_flags(self._flags)
-            stack.callback(self._set_buffers, [dict(member._buffers) for member in self._modules])
-            yield
+        flags = [member.training for member in self._modules]
+        buffers = [(member, dict(member._buffers)) for member in self._modules if member._buffers]
+        with self._ambience.entered(random=self._drew):
+            try:
+                self._set_flags(self._flags)
+                yield
+            finally:
+                self._set_flags(flags)
+                for member, named in buffers:
+                    member._buffers.update(named)
 
     @contextlib.contextmanager
     def another_run(self) -> Iterator[None]:
         """Inside, the operator runs from where its forward started: random numbers, buffers, what it decided."""
         if self._drew:
             self._ambience.rewind_random()
-        for (member, name), buffer in substitutes(self._modules, self._snapshots).items():
+        for (member, name), buffer in substitutes(self._modules, self._snapshots, self.statistics.norms).items():
             member._buffers[name] = buffer
         if self._collectives is not None:
             self._collectives.rewind()
@@ -142,10 +156,6 @@ class Conditions:
             if member.training is not training:
                 member.training = training
 
-    def _set_buffers(self, buffers: list[dict[str, Tensor | None]]) -> None:
-        for member, named in zip(self._modules, buffers, strict=True):
-            member._buffers.update(named)
-
 
 def _members(module: nn.Module) -> list[nn.Module]:
     """The module and all below it, each once; `Module.modules` makes a name for each and takes much longer."""
@@ -161,10 +171,10 @@ def _members(module: nn.Module) -> list[nn.Module]:
 
 def _random_state(device: torch.device) -> tuple[bytes, ...]:
     """As bytes: quick to compare, and not on the books of a CPU device."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return tuple(state.numpy().tobytes() for state in states)
+    host = torch.default_generator.get_state().numpy().tobytes()
+    if device.type != "cuda":
+        return (host,)
+    return host, torch.cuda.get_rng_state(device).numpy().tobytes()
 
 
 def _set_random_state(device: torch.device, states: tuple[bytes, ...]) -> None:

@@ -84,6 +84,6 @@ def _storage(index: int, modes: tuple[Mode, ...], held: Sequence[Held]) -> dict[
         Mode.RECOMPUTE: Option(
             Mode.RECOMPUTE, here.notes_bytes + here.input_bytes, 0, 0.0, shared_bytes=here.shared_bytes
         ),
-        Mode.OFFLOAD: Option(Mode.OFFLOAD, here.notes_bytes, 0, 0.0),
+        Mode.OFFLOAD: Option(Mode.OFFLOAD, 0, 0, 0.0),
     }
     return {mode: options[mode] for mode in modes}

@@ -28,7 +28,7 @@ class Held:
     input_bytes: int
     """The operator's input, where nothing outside the chain holds it anyway."""
     notes_bytes: int
-    """What every mode holds: notes of the forward, and buffers as they were before it."""
+    """What every mode holds that may run again: notes and batch statistics of the forward, buffers from before it."""
     shared_bytes: int
     """What of the input the operator before holds too when it saves."""
 

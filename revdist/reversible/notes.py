@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -35,19 +35,15 @@ class Notes:
         self._values: dict[int, list[Any]] = {}
         self._read: dict[int, int] | None = None
 
-    @contextlib.contextmanager
-    def taking(self) -> Iterator[None]:
+    def taking(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the forward runs: `noted` computes and keeps."""
         self._read = None
-        with _current(self):
-            yield
+        return _Current(self)
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the forward or the inverse runs again: `noted` gives back, for each owner from its first note on."""
         self._read = {}
-        with _current(self):
-            yield
+        return _Current(self)
 
     def of(self, owner: nn.Module, compute: Callable[[], Value]) -> Value:
         """The value that `owner` notes next."""
@@ -83,10 +79,16 @@ def noted(owner: nn.Module, compute: Callable[[], Value]) -> Value:
     return compute() if _present.notes is None else _present.notes.of(owner, compute)
 
 
-@contextlib.contextmanager
-def _current(notes: Notes) -> Iterator[None]:
-    before, _present.notes = _present.notes, notes
-    try:
-        yield
-    finally:
-        _present.notes = before
+class _Current:
+    """Inside, these are the notes of this thread. A class, since every operator of every forward enters it."""
+
+    __slots__ = ("_before", "_notes")
+
+    def __init__(self, notes: Notes) -> None:
+        self._notes = notes
+
+    def __enter__(self) -> None:
+        self._before, _present.notes = _present.notes, self._notes
+
+    def __exit__(self, *_: object) -> None:
+        _present.notes = self._before

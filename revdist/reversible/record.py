@@ -85,7 +85,10 @@ class Record:
     def pack(self, tensor: Tensor) -> Handle | Owned:
         """Called by autograd with each tensor that the forward saves."""
         base = tensor._base
-        if id(tensor if base is None else base) in self._owned_ids:
+        owned = id(tensor if base is None else base) in self._owned_ids
+        if statistics := self._conditions.statistics:
+            statistics.notice(tensor, owned=owned)
+        if owned:
             return Owned(self, tensor)
         handle = Handle(self, tensor, keep=self.mode in (Mode.SAVE, Mode.OFFLOAD))
         self._handles.append(weakref.ref(handle))
@@ -104,6 +107,7 @@ class Record:
         self._conditions.close(ambience)
         if self.mode is Mode.OFFLOAD:
             self._to_host(self.boundary)
+            self._conditions.forget()  # it comes back and is never run again
 
     def close(self, after: Record | Exit) -> None:
         """Say where the outputs are found: the next operator starts, or the chain ends."""
@@ -127,6 +131,7 @@ class Record:
     def tensors(self) -> Iterator[Tensor]:
         """What the record keeps in memory."""
         yield from (handle.tensor for handle in self.handles() if handle.tensor is not None)
+        yield from self._conditions.statistics.tensors()
         if self.boundary is not None:
             yield from self.boundary.tensors
 

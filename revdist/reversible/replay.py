@@ -26,14 +26,16 @@ def is_inside_operator() -> bool:
     return _nesting.active
 
 
-@contextlib.contextmanager
-def inside_operator() -> Iterator[None]:
-    """Mark that an operator runs."""
-    before, _nesting.active = _nesting.active, True
-    try:
-        yield
-    finally:
-        _nesting.active = before
+class inside_operator:  # noqa: N801
+    """Inside, this thread runs an operator. A class, since every operator of every forward enters it."""
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before, _nesting.active = _nesting.active, True
+
+    def __exit__(self, *_: object) -> None:
+        _nesting.active = self._before
 
 
 class Complete(BaseException):
@@ -79,7 +81,7 @@ class Replay:
         """Run the forward, or its next part, and keep what it saves."""
         with inside_operator(), self._conditions.another_run(), torch.enable_grad():
             self._owned_ids = self._conditions.owned_ids()
-            with saved_tensors_hooks(self._capture, _never):
+            with saved_tensors_hooks(self._capture, _never), self._conditions.statistics.given(self._capture):
                 yield
 
     @contextlib.contextmanager
