@@ -12,11 +12,11 @@ import pytest
 for folder in ("training", "cluster"):
     sys.path.append(str(Path(__file__).parent.parent / folder))
 
-from revdist.cluster.local import ray_cluster
-
 
 @pytest.fixture(scope="session")
 def running_ray() -> Iterator[None]:
+    from revdist.cluster.local import ray_cluster
+
     with ray_cluster(None, num_workers=4):
         yield
 

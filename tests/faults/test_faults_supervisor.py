@@ -1,0 +1,153 @@
+"""A detached run's replicas train on without their driver, and the next one finds them where they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harm import BOUND, final_state, holder, is_dead
+from runs import settings
+
+import revdist
+from revdist.cluster.local import addresses
+from revdist.cluster.stopping import stop_run
+from revdist.devices import list_devices
+from revdist.training.checkpoint_files import checkpoints
+from revdist.training.run_directory import RunReader
+
+pytestmark = pytest.mark.usefixtures("devices_folder")
+
+STEPS = 350
+PATIENCE_S = 90.0
+PATHS = os.pathsep.join([str(Path(__file__).parent.parent / "training"), str(Path(revdist.__file__).parent.parent)])
+
+
+@pytest.fixture
+def detached(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Starts a detached run and returns its directory; ended with the test."""
+    started: list[Path] = []
+
+    def start(*more: str, **environment: str) -> Path:
+        config, run_dir = tmp_path / "small.yaml", tmp_path / "run"
+        slow = {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}}
+        config.write_text(
+            json.dumps(settings(data=slow, epochs=None, steps=STEPS, precision="fp64", tensorboard=False))
+        )
+        started.append(run_dir)
+        launch(config, run_dir, "--detach", *more, **environment)
+        return run_dir
+
+    yield start
+    for run_dir in started:
+        if (run_dir / "run.json").exists():
+            for pid in pids(run_dir):
+                if not is_dead(pid):
+                    os.kill(pid, signal.SIGKILL)
+            stop_run(run_dir, now=True, timeout_s=10)
+
+
+def launch(config: Path, run_dir: Path, *more: str, **environment: str) -> str:
+    command = [sys.executable, "-m", "revdist.cli", "launch", str(config), "--run-dir", str(run_dir), *more]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": PATHS, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=PATIENCE_S,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def record(run_dir: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return values
+
+
+def pids(run_dir: Path) -> list[int]:
+    """Of the driver and of its watchman."""
+    driver = record(run_dir)["process"]["pid"]
+    watchmen = [int(f.name) for f in Path("/proc").iterdir() if f.name.isdigit() and is_watchman(f, run_dir)]
+    return [*watchmen, driver]
+
+
+def is_watchman(folder: Path, run_dir: Path) -> bool:
+    try:
+        words = (folder / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"revdist.cluster.watchman" in words and str(run_dir).encode() in words
+
+
+def wait(done: Callable[[], bool], what: str) -> None:
+    until_s = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < until_s, what
+        time.sleep(0.1)
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [step["step"] for step in RunReader(run_dir).metrics()]
+
+
+def assert_unharmed(run_dir: Path, state: dict[str, Any]) -> None:
+    assert steps(run_dir) == list(range(1, STEPS + 1))
+    final = final_state(run_dir)
+    for name, tensor in state.items():
+        torch.testing.assert_close(final[name], tensor, rtol=0, atol=BOUND, msg=name)
+
+
+@pytest.mark.timeout(200)
+def test_a_killed_driver_is_started_anew_and_misses_nothing(
+    detached: Callable[..., Path], unharmed: Callable[[int], dict[str, Any]]
+) -> None:
+    run_dir = detached()
+    driver = record(run_dir)["process"]["pid"]
+    replicas = [holder("cpu-0"), holder("cpu-1")]
+    os.kill(driver, signal.SIGKILL)
+    wait(lambda: record(run_dir)["process"]["pid"] != driver, "no other driver")
+    wait(lambda: record(run_dir)["state"] == "done", "the run did not end")
+    assert [event["kind"] for event in RunReader(run_dir).events()].count("supervisor") == 1
+    assert all(is_dead(pid) for pid in replicas)
+    assert_unharmed(run_dir, unharmed(STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("running_ray")
+def test_resume_finds_replicas_that_nobody_supervises(
+    detached: Callable[..., Path], unharmed: Callable[[int], dict[str, Any]], tmp_path: Path
+) -> None:
+    address = f"--address={addresses()['ray_address']}"
+    run_dir = detached(address)
+    replicas = [holder("cpu-0"), holder("cpu-1")]
+    for pid in pids(run_dir):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(1)
+    assert not any(is_dead(pid) for pid in replicas)
+    launch(tmp_path / "small.yaml", run_dir, "--resume", address)
+    assert not checkpoints(run_dir / "checkpoints")[:-1]  # it went on from memory, not from disk
+    assert_unharmed(run_dir, unharmed(STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("running_ray")
+def test_replicas_that_nobody_comes_back_to_save_and_leave(detached: Callable[..., Path]) -> None:
+    run_dir = detached(f"--address={addresses()['ray_address']}", REVDIST_ORPHAN_S="3")
+    replicas = [holder("cpu-0"), holder("cpu-1")]
+    for pid in pids(run_dir):
+        os.kill(pid, signal.SIGKILL)
+    wait(lambda: all(is_dead(pid) for pid in replicas), "replicas stayed")
+    assert checkpoints(run_dir / "checkpoints")
+    assert not [one for reading in list_devices() for one in reading.holders]
