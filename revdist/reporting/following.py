@@ -40,8 +40,10 @@ class GrowingLines:
         self._offset = 0
         size = path.stat().st_size if path.exists() else 0
         if newest_bytes is not None and size > newest_bytes:
-            self._offset = size - newest_bytes
-            self.new()  # the first line may be a part of one
+            with path.open("rb") as file:
+                file.seek(size - newest_bytes)
+                file.readline()  # may be a part of one
+                self._offset = file.tell()
 
     def new(self) -> list[dict[str, Any]]:
         try:

@@ -84,7 +84,7 @@ class LiveView(Observer):
     def on_plan(self, plan: Plan, free_bytes: int) -> None:
         before = self._state.adopt(plan, free_bytes)
         style = "" if before is None else "cyan"
-        self._tell(plan.rank, plan_change(plan, before, free_bytes), style)
+        self._tell(plan.rank, plan_change(plan, before, free_bytes), style, device=plan.device)
         self._screen.refresh(self._state, now=True)
 
     def on_regroup(self, devices: Sequence[Reading]) -> None:
@@ -110,7 +110,7 @@ class LiveView(Observer):
             if self._state.run_dir is not None:
                 self._tell(None, f"writing to {shown_path(self._state.run_dir)}", "")
         if kind == "lost" and rank in self._state.ranks:
-            self._state.ranks[rank].lost = True
+            self._state.rank(rank, str(event.get("device") or self._state.ranks[rank].uuid)).lost = True
         if kind in EVENT_STYLES:
             detail = self._shortened(str(event.get("detail") or ""))
             sentence = f"{kind}: {detail}" if detail else kind

@@ -47,15 +47,17 @@ class RunState:
     loss: float | None = None
     samples_per_s: float | None = None
     step_s: float | None = None
+    _devices: dict[str, RankState] = dataclasses.field(default_factory=dict)
+    """By UUID: those of the ranks, and those of which something was told before they have one."""
 
     def start(self, run_dir: Path, devices: Sequence[Reading]) -> None:
         self.run_dir = run_dir
-        self.ranks.clear()
+        self._devices.clear()
         self.regroup(devices)
 
     def regroup(self, devices: Sequence[Reading]) -> None:
         """Enter who has which rank from now on: those that were lost vanish, devices known already keep their state."""
-        known = {state.uuid: state for state in self.ranks.values()}
+        known, self._devices = self._devices, {}
         several_hosts = len({reading.host for reading in devices}) > 1
         on_host: Counter[str] = Counter()
         self.ranks.clear()
@@ -63,19 +65,23 @@ class RunState:
             name = f"{reading.name}@{reading.host}" if several_hosts else reading.name
             state = known.get(reading.uuid) or RankState(rank, reading.uuid, name, free_bytes=reading.free_bytes)
             state.rank, state.device, state.local_rank, state.lost = rank, name, on_host[reading.host], False
-            self.ranks[rank] = state
+            self.ranks[rank] = self._devices[reading.uuid] = state
             on_host[reading.host] += 1
 
     def rank(self, rank: int, device: str) -> RankState:
-        """The state of a rank; a newcomer is entered under the first part of its UUID."""
-        return self.ranks.setdefault(rank, RankState(rank, device, device[:12]))
+        """The state of a device, by its UUID: ranks are given anew before it is told who has which.
+
+        One that is not known yet gets the rank, if that is free, and the first part of its UUID as its name.
+        """
+        if device not in self._devices:
+            self._devices[device] = state = RankState(rank, device, device[:12])
+            self.ranks.setdefault(rank, state)
+        return self._devices[device]
 
     def name_of(self, rank: int | None, uuid: str = "") -> str:
-        """The name of a device, known by its rank or its UUID; empty: what happened concerns no single device."""
-        for state in self.ranks.values():
-            if state.rank == rank or state.uuid == uuid:
-                return state.device
-        return uuid
+        """The name of a device, known by its UUID, or by its rank; empty: what happened concerns no single device."""
+        state = self._devices.get(uuid) or (None if rank is None else self.ranks.get(rank))
+        return uuid if state is None else state.device
 
     def adopt(self, plan: Plan, free_bytes: int | None) -> Plan | None:
         """Enter a plan and return the one it replaces."""

@@ -119,13 +119,16 @@ def status_mapping(status: RunStatus) -> dict[str, Any]:
 
 def look_after(run_dir: Path, *, alive: bool = True) -> RenderableType:
     """The commands for a run that goes on, or has ended."""
+    going_on = {"watch it": "attach", "its state": "status", "what ranks print": "logs", "end it": "stop"}
+    return _commands(run_dir, going_on if alive else {"look at it": "report"})
+
+
+def _commands(run_dir: Path, commands: Mapping[str, str]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    path = shown_path(run_dir)
-    commands = {"watch it": "attach", "its state": "status", "what ranks print": "logs", "end it": "stop"}
-    for what, name in commands.items() if alive else [("look at it", "report")]:
-        table.add_row(what, Text(f"{command()} {name} {path}"))
+    table.add_column(overflow="fold")
+    for what, name in commands.items():
+        table.add_row(what, Text(f"{command()} {name} {shown_path(run_dir)}"))
     return Padding(table, (0, 0, 0, 1))
 
 
@@ -156,13 +159,8 @@ def _events(status: RunStatus) -> RenderableType:
 
 def _hints(status: RunStatus) -> RenderableType:
     if status.state == "lost":
-        return Text.assemble(
-            " its driver was killed: ",
-            (f"{command()} stop {shown_path(status.run_dir)}", "bold"),
-            " ends what is left of it, ",
-            ("launch ... --resume", "bold"),
-            " goes on from its newest checkpoint",
-        )
+        killed = Text(" its driver was killed, and could not say why it ends here\n", style="yellow")
+        return Group(killed, _commands(status.run_dir, {"end what is left": "stop", "look at it": "report"}))
     return look_after(status.run_dir, alive=status.alive)
 
 

@@ -38,6 +38,7 @@ def plan(rank: int, step: int, time: float, generation: int, reason: str, share:
         "micro_batch": 16,
         "accumulation_steps": -(-share // 16),
         "budget_bytes": (12 + 3 * kept) * MIB,
+        "free_bytes": 20 * MIB,
         "predicted_step_s": 0.1,
         "predicted_peak_bytes": (14 + 3 * kept) * MIB,
         "strip": strip,

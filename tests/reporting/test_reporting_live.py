@@ -150,3 +150,38 @@ def test_the_terminal_is_given_back_when_the_run_fails(tmp_path: Path) -> None:
         fail()
     text = text_of(out)
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
+def test_rows_of_lost_ranks_vanish_and_newcomers_appear(tmp_path: Path) -> None:
+    out = console(terminal=True, width=120)
+    history = read_history(write_run(tmp_path / "run", steps=60))
+    with LiveView(out) as view:
+        view.on_start(tmp_path, [reading(0), reading(1)])
+        for line in history.plans[:2]:
+            view.on_plan(plan_of(line), 20 * MIB)
+        view.on_event(event(7, "lost", rank=0, device="CPU-0000", detail="killed by signal 9"))
+        # Its plan under the new rank comes before the news of who has which.
+        view.on_plan(plan_of(history.plans[1] | {"rank": 0, "share": 64, "reason": "lost"}), 20 * MIB)
+        drawn = len(text_of(out))
+        view.on_regroup([reading(1)])
+        view.on_event(event(7, "regroup", detail="1 replica, shares 64, 0.11 s of pause"))
+        view.on_step({"step": 8, "ranks": [{"rank": 0, "device": "CPU-0001", "share": 64}]})
+    text = text_of(out)
+    assert "cpu-1  a device was lost: share 44 -> 64 samples" in text
+    assert "regroup: 1 replica, shares 64" in text
+    assert "cpu-0" not in text[drawn:]
+    assert "cpu-1" in text[drawn:]
+
+
+def test_what_chosen_ranks_print_is_shown_above_the_table(tmp_path: Path) -> None:
+    out = console(terminal=True, width=120)
+    with LiveView(out, log_ranks={0}) as view:
+        view.on_start(tmp_path, [reading(0), reading(1, host="node-b")])
+        view.on_log(0, "hello\n[not markup] of user code\n")
+        view.on_log(1, "counted on its own host\n")
+        view.on_log(7, "nobody\n")
+    text = text_of(out)
+    assert "cpu-0@node-a  hello" in text
+    assert "[not markup] of user code" in text
+    assert "counted on its own host" in text
+    assert "nobody" not in text

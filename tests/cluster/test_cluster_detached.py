@@ -1,0 +1,187 @@
+"""Runs in the background, real ones: started, looked after from other terminals, stopped without a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from runs import settings
+
+import revdist
+from revdist.cluster.processes import started_with, writing_below
+from revdist.cluster.run_record import RUN_ID, RunRecord, read_record
+from revdist.devices import list_devices
+from revdist.training.checkpoint_files import checkpoints
+from revdist.training.run_directory import RunReader
+
+ROOT = Path(revdist.__file__).parent.parent
+PATHS = [str(ROOT / "tests" / "training"), str(ROOT)]
+
+
+def revdist_command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "revdist.cli", *(str(argument) for argument in arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "COLUMNS": "120", **more}
+
+
+def run(*arguments: str | Path, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        revdist_command(*arguments), env=environment(), capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def status_of(run_dir: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads(run("status", run_dir, "--json").stdout)
+    return found
+
+
+def family(record: RunRecord) -> list[int]:
+    """Processes of this host that belong to a run, its driver first."""
+    below = {process.pid for process in [*started_with(RUN_ID, record.run_id), *writing_below(record.ray_session)]}
+    return [pid for pid in [record.process.pid, *sorted(below)] if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def holders() -> list[str]:
+    return [holder.name for reading in list_devices() for holder in reading.holders]
+
+
+@pytest.fixture
+def config(tmp_path: Path, devices_folder: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(settings(epochs=4000, model={"factory": "talkative_models:classifier"})))
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Iterator[Path]:
+    """Where the test's run goes; nothing of it outlives the test."""
+    folder = tmp_path / "run"
+    yield folder
+    if (folder / "run.json").exists():
+        run("stop", folder, "--now")
+
+
+def test_a_mistake_is_told_at_once_in_five_lines_and_in_the_log(config: Path, run_dir: Path) -> None:
+    for wrong, says in (("global_bach=3", "did you mean"), ("global_batch=1", "2 replicas")):
+        done = run("launch", config, wrong, "--detach", "--run-dir", run_dir)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert len(done.stderr.splitlines()) <= 5
+        assert not run_dir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_that_cannot_start_ends_the_command_as_it_ends_itself(config: Path, run_dir: Path) -> None:
+    done = run("launch", config, "model.kwargs={depht: 3}", "--detach", "--run-dir", run_dir)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: talkative_models:classifier(depht=3) raised TypeError")
+    assert "launcher.log" in done.stderr.splitlines()[-1]
+    status = run("status", run_dir)
+    assert status.returncode == 2
+    assert "small failed" in status.stdout
+    assert "check its kwargs in the configuration" in (run_dir / "logs" / "launcher.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_run_in_the_background_is_looked_after_and_stopped_from_elsewhere(config: Path, run_dir: Path) -> None:
+    started = run("launch", config, "--detach", "--run-dir", run_dir)
+    assert started.returncode == 0, started.stderr
+    for command in ("attach", "status", "logs", "stop"):
+        assert f" {command} {run_dir}" in started.stdout
+    assert len(list(RunReader(run_dir).metrics())) >= 1
+
+    status = status_of(run_dir)
+    assert (status["state"], status["detached"], status["num_steps"]) == ("running", True, 20_000)
+    assert [rank["device"] for rank in status["ranks"]] == ["cpu-0", "cpu-1"]
+    record = read_record(run_dir)
+    assert record is not None
+    assert os.getsid(record.process.pid) == record.process.pid  # no terminal's end reaches it
+
+    again = run("launch", config, "--run-dir", run_dir, "--resume")
+    assert again.returncode == 2
+    assert f"process {record.process.pid} on {record.host} is running a run" in again.stderr
+
+    assert "built by rank 1 of 2" in run("logs", run_dir, "--rank", "1").stdout
+    assert_ctrl_c_detaches(run_dir)
+    assert status_of(run_dir)["state"] == "running"
+
+    everybody = family(record)
+    assert len(everybody) >= 5
+    stopped = run("stop", run_dir)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped by SIGTERM at step" in stopped.stdout
+    assert "nothing of it is running\n" in stopped.stdout
+    assert not [pid for pid in everybody if is_running(pid)]
+    assert not [name for name in holders() if "small" in name]
+    assert run("status", run_dir).returncode == 143
+    last = list(RunReader(run_dir).metrics())[-1]["step"]
+    assert checkpoints(run_dir / "checkpoints")[-1].name.endswith(f"{last:09d}")
+
+
+def assert_ctrl_c_detaches(run_dir: Path) -> None:
+    """Watch until a line of progress, then press Ctrl-C."""
+    watching = subprocess.Popen(
+        revdist_command("attach", run_dir), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert watching.stdout is not None
+        for line in watching.stdout:
+            if "samples/s" in line:
+                break
+        watching.send_signal(signal.SIGINT)
+        rest = watching.stdout.read()
+        assert watching.wait(timeout=60) == 0
+        assert "the run goes on" in rest
+    finally:
+        watching.kill()
+        watching.wait(timeout=30)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_killed_driver_is_noticed_its_rest_ended_and_its_run_resumed(config: Path, run_dir: Path) -> None:
+    arguments = ["launch", config, "checkpoint.every_steps=5", "--detach", "--run-dir", run_dir]
+    assert run(*arguments).returncode == 0
+    record = read_record(run_dir)
+    assert record is not None
+    until_s = time.monotonic() + 60
+    while not checkpoints(run_dir / "checkpoints") and time.monotonic() < until_s:
+        time.sleep(0.2)
+    everybody = family(record)
+    assert record.process.send(signal.SIGKILL)
+    while is_running(record.process.pid):
+        time.sleep(0.05)
+    lost = run("status", run_dir)
+    assert lost.returncode == 1
+    assert "small lost" in lost.stdout
+    assert run("stop", run_dir).returncode == 0
+    assert not [pid for pid in everybody if is_running(pid)]
+    resumed = run(*arguments, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert status_of(run_dir)["step"] > 5
+    killed = run("stop", run_dir, "--now")
+    assert killed.returncode == 0
+    assert "without saving" in killed.stdout
+    newest = read_record(run_dir)
+    assert newest is not None
+    assert not family(newest)
