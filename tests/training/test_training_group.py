@@ -1,0 +1,215 @@
+"""Groups form, break and form anew; what waits for a peer that does not answer can be interrupted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from revdist.training.group import Group, PeersLost, is_broken
+from revdist.training.network import listen
+from revdist.training.orders import Rendezvous
+from revdist.training.sockets import shut_down, tcp_sockets
+
+PATIENCE_S = 60.0
+
+
+def rendezvous(rank: int, world_size: int, port: int, *, prefix: str = "first") -> Rendezvous:
+    return Rendezvous(
+        host="127.0.0.1", port=port, prefix=prefix, rank=rank, world_size=world_size, timeout_s=PATIENCE_S
+    )
+
+
+def on_ranks(world_size: int, work: Callable[..., Any]) -> list[Any]:
+    """Run `work(rank, group, ports)` in one process per rank; returns what each made, None for one that is dead."""
+    context = multiprocessing.get_context("fork")
+    listeners = [listen("127.0.0.1") for _ in range(world_size)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    pipes, processes = [], []
+    for rank, listener in enumerate(listeners):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_run, args=(work, rank, listener, ports, theirs))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return [_receive(pipe) for pipe in pipes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for listener in listeners:
+            listener.close()
+
+
+def _receive(pipe: Any) -> Any:
+    assert pipe.poll(PATIENCE_S), "a rank did not answer in time"
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
+
+
+def _run(work: Callable[..., Any], rank: int, listener: socket.socket, ports: list[int], pipe: Any) -> None:
+    torch.set_num_threads(1)
+    pipe.send(work(rank, Group("cpu", listener), ports))
+
+
+def total(rank: int) -> float:
+    value = torch.tensor([float(rank + 1)])
+    dist.all_reduce(value)
+    return float(value)
+
+
+def test_survivors_of_a_kill_form_another_group_on_another_store() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        group.join(rendezvous(rank, 3, ports[0]))
+        first = total(rank)
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with pytest.raises(RuntimeError) as caught:
+            total(rank)
+        assert is_broken(caught.value)
+        group.leave()
+        group.join(rendezvous(rank - 1, 2, ports[1], prefix="second"), number=1)
+        return first, total(rank - 1), os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+    assert on_ranks(3, work) == [None, (6.0, 3.0, "0", "2"), (6.0, 3.0, "1", "2")]
+
+
+def test_an_interrupt_ends_a_collective_that_waits_for_a_frozen_peer() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        group.join(rendezvous(rank, 2, ports[0]))
+        total(rank)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        threading.Timer(0.5, group.interrupt, args=(1,)).start()
+        with pytest.raises(RuntimeError) as caught:
+            total(rank)
+        assert is_broken(caught.value)
+        group.leave()
+        group.join(rendezvous(0, 1, ports[0], prefix="second"), number=1)
+        return total(0)
+
+    # The frozen rank says nothing; it is killed at the end.
+    context = multiprocessing.get_context("fork")
+    listeners = [listen("127.0.0.1") for _ in range(2)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    ours, theirs = context.Pipe()
+    unread = context.Pipe()
+    processes = [
+        context.Process(target=_run, args=(work, rank, listeners[rank], ports, pipe))
+        for rank, pipe in ((0, theirs), (1, unread[1]))
+    ]
+    for process in processes:
+        process.start()
+    try:
+        assert _receive(ours) == 1.0
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        for listener in listeners:
+            listener.close()
+
+
+def test_an_interrupt_ends_the_wait_for_a_rank_that_does_not_come() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        threading.Timer(0.3, group.interrupt, args=(5,)).start()
+        with pytest.raises(PeersLost, match="another group"):
+            group.join(rendezvous(0, 2, ports[0]), number=4)
+        return True
+
+    assert on_ranks(1, work) == [True]
+
+
+def test_an_interrupt_leaves_a_group_alone_that_is_new_enough() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        group.join(rendezvous(rank, 2, ports[0]), number=3)
+        group.interrupt(3)
+        return total(rank)
+
+    assert on_ranks(2, work) == [3.0, 3.0]
+
+
+def test_only_sockets_of_the_group_are_shut_down() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        other = listen("127.0.0.1")
+        client = socket.create_connection(other.getsockname())
+        server, _ = other.accept()
+        group.join(rendezvous(rank, 2, ports[0]))
+        group.interrupt(1)
+        client.sendall(b"still there")
+        return server.recv(20)
+
+    assert on_ranks(2, work) == [b"still there", b"still there"]
+
+
+def test_what_is_said_in_one_group_is_not_heard_in_the_next() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        totals = []
+        for number in range(4):
+            group.join(rendezvous(rank, 2, ports[0], prefix=f"group-{number}"), number=number)
+            totals.append(total(rank))
+            group.leave()
+        return totals
+
+    assert on_ranks(2, work) == [[3.0] * 4] * 2
+
+
+def test_sockets_are_known_by_their_ends() -> None:
+    server = listen("127.0.0.1")
+    port = server.getsockname()[1]
+    client = socket.create_connection(("127.0.0.1", port))
+    accepted, _ = server.accept()
+    with server, client, accepted:
+        found = {one.descriptor: one for one in tcp_sockets()}
+        assert found[server.fileno()].listening
+        assert found[server.fileno()].local_port == port
+        mine = found[client.fileno()]
+        assert (mine.remote_address, mine.remote_port, mine.listening) == ("127.0.0.1", port, False)
+        shut_down([mine])
+        assert accepted.recv(1) == b""
+        accepted.sendall(b"x")
+
+
+def test_a_socket_that_took_the_number_of_another_is_left_alone() -> None:
+    first = listen("127.0.0.1")
+    (stale,) = [one for one in tcp_sockets() if one.descriptor == first.fileno()]
+    number = first.fileno()
+    first.close()
+    left, right = socket.socketpair()
+    try:
+        if left.fileno() != number:
+            os.dup2(left.fileno(), number)
+        shut_down([stale])
+        right.sendall(b"whole")
+        left.settimeout(5)
+        assert left.recv(5) == b"whole"
+    finally:
+        left.close()
+        right.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "broken"),
+    [
+        (PeersLost("gone"), True),
+        (dist.DistBackendError("NCCL"), True),
+        (RuntimeError("[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("gloo/ is a word"), False),
+        (torch.OutOfMemoryError("no room"), False),
+    ],
+)
+def test_what_breaks_a_group_is_told_from_what_a_rank_does_wrong(error: Exception, broken: bool) -> None:
+    assert is_broken(error) is broken
