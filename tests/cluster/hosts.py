@@ -27,8 +27,9 @@ SUBNET = "10.211.0"
 RAY_PORT = 6379
 _PATIENCE_S = 60.0
 _ROOT = Path(__file__).parent.parent.parent
-_SMALL_MODELS = _ROOT / "tests" / "training"
+_PATHS = (_ROOT, _ROOT / "tests" / "training", _ROOT / "tests" / "cluster")
 
+REVDIST = (sys.executable, "-m", "revdist.cli")
 _RAY = str(Path(sys.executable).with_name("ray"))
 
 _WAIT_FOR_THE_END = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); sys.stdin.read()"
@@ -111,7 +112,7 @@ class Host:
         return {
             **kept,
             "HOME": str(self.home),
-            "PYTHONPATH": os.pathsep.join([str(_ROOT), str(_SMALL_MODELS)]),
+            "PYTHONPATH": os.pathsep.join(map(str, _PATHS)),
             "OMP_NUM_THREADS": "1",
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -154,6 +155,10 @@ class Host:
         more = ["--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats"]
         more += [] if head else ["--include-dashboard=false"]
         self.check([_RAY, "start", *where, f"--node-ip-address={self.address}", *more], timeout_s=90)
+
+    def revdist(self, *arguments: str | os.PathLike[str], timeout_s: float = 100) -> Output:
+        """Run the command `revdist` on this host."""
+        return self.run([*REVDIST, *map(str, arguments)], timeout_s=timeout_s)
 
     def processes(self) -> list[psutil.Process]:
         """What runs on this host, seen from outside."""
