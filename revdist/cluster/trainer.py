@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from revdist.planning.costs import Plan
     from revdist.training.orders import Assignment, Rendezvous
 
+_GIVEN_DATA = "revdist.training.data:given_to_trainer"
+"""What a configuration names where the data did not come from a factory."""
 _RESOURCES_S = 2.0
 """Ray needs a moment to count as free what a run before this one has left."""
 
@@ -55,6 +57,8 @@ class Trainer:
     `run_dir`: where the run is written; None: `runs/<name>-<time>` under the current folder.
     `resume`: continue from the newest whole checkpoint in `run_dir`.
     `log_dir`: where what each rank prints is written; None: `logs` in the run directory.
+    `datasets`: `(train, test)` in place of what `data.factory` would give, two map-style datasets that Ray can
+    send to the replicas, such as `revdist.cluster.ray_data.as_map_style` makes of a Ray Dataset; test may be None.
     """
 
     def __init__(
@@ -66,10 +70,14 @@ class Trainer:
         run_dir: str | Path | None = None,
         resume: bool = False,
         log_dir: str | Path | None = None,
+        datasets: tuple[Any, Any] | None = None,
         **keys: Any,
     ) -> None:
         given = config.model_dump(exclude_unset=True) if isinstance(config, RunConfig) else dict(config or {})
+        if datasets is not None:
+            given.setdefault("data", {"factory": _GIVEN_DATA})
         self.config = RunConfig.from_mapping({**given, **keys})
+        self.datasets = datasets
         self.observer = observer or Observer()
         self.address = address
         self.run_dir = run_dir
@@ -206,6 +214,7 @@ class Trainer:
             world_size=world_size,
             checkpoints=self._checkpoint_folder(run_dir),
             resume=self.resume,
+            data=self.datasets,
         )
 
     def check(self) -> None:
