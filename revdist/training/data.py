@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from revdist.errors import ConfigError
 from revdist.planning.batch import micro_batch_sizes
 
 Indices = npt.NDArray[np.int64]
+
+_FROM_STREAM = "read it into memory or files first, `list(stream)` say, or go through Ray Data"
+_REMEDIES = {"ray": "wrap it, revdist.cluster.ray_data.as_map_style(dataset, input=..., target=...)"}
+"""By the package of a dataset that has no indices: what to do about it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,11 +101,31 @@ def consecutive(dataset: Any, micro_batch: int, part: slice) -> Iterator[Any]:
         yield fetch(dataset, chosen)
 
 
+def given_to_trainer() -> Any:
+    """Stands in a configuration for data that had no factory."""
+    raise ConfigError(
+        "this run's data were given to revdist.Trainer as `datasets`: give them again, or name a factory in `data`"
+    )
+
+
 def check_map_style(dataset: Any, name: str) -> None:
-    """Raise ConfigError unless the dataset has a length, takes an index and holds at least one sample."""
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise ConfigError(
-            f"the {name} data are a {type(dataset).__name__}: give a map-style dataset, with __len__ and __getitem__"
-        )
+    """Raise ConfigError unless the dataset has a length, takes an index and holds at least one sample.
+
+    The order of the data is made of indices: only so does every sample count once per epoch whatever happens to
+    shares, replicas and processes.
+    """
+    remedy = _REMEDIES.get(type(dataset).__module__.partition(".")[0], "give a map-style dataset")
+    if isinstance(dataset, IterableDataset):
+        remedy = "a stream cannot be asked for the samples of a step again; " + _FROM_STREAM
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and _has_length(dataset)):
+        raise ConfigError(f"the {name} data are a {type(dataset).__name__}, without __len__ and __getitem__: {remedy}")
     if len(dataset) == 0:
         raise ConfigError(f"the {name} data hold no sample")
+
+
+def _has_length(dataset: Any) -> bool:
+    try:
+        len(dataset)
+    except (TypeError, AttributeError, NotImplementedError):
+        return False
+    return True

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from revdist.config import RunConfig
 
@@ -42,6 +42,8 @@ class Assignment:
     checkpoints: str | Path
     """Folder of the run's checkpoints, or its fsspec URL; written by rank 0."""
     resume: bool
+    data: tuple[Any, Any] | None = None
+    """The training and test data; None: what the configuration's factory gives."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

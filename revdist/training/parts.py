@@ -36,12 +36,15 @@ class Parts:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
-def build_parts(config: RunConfig, device: torch.device) -> Parts:
+def build_parts(config: RunConfig, device: torch.device, data: tuple[Any, Any] | None = None) -> Parts:
     """Call the factories of a run. Every rank builds the same model, from the same seed.
+
+    data: the training and test data, in place of the factory's
 
     Raises FactoryError, DataMissing or ConfigError for what cannot be trained.
     """
-    train, test = _build_data(config)
+    train, test = _build_data(config) if data is None else data
+    _check_data(config, train, test)
     model, chain = _build_model(config, device)
     order = DataOrder(num_samples=len(train), global_batch=config.global_batch, seed=config.seed)
     return Parts(
@@ -59,11 +62,15 @@ def _build_data(config: RunConfig) -> tuple[Any, Any]:
     data = call_factory(config.data.factory, config.data.kwargs)
     try:
         train, test = data
+        return train, test
     except (TypeError, ValueError):
         raise FactoryError(
             f"{config.data.factory} gave a {type(data).__name__}: it must give (train, test), two datasets; "
             "test may be None"
         ) from None
+
+
+def _check_data(config: RunConfig, train: Any, test: Any) -> None:
     check_map_style(train, "training")
     if test is not None:
         check_map_style(test, "test")
@@ -71,7 +78,6 @@ def _build_data(config: RunConfig) -> tuple[Any, Any]:
         raise ConfigError(
             f"global_batch {config.global_batch} is more than the {len(train)} training samples: lower global_batch"
         )
-    return train, test
 
 
 def _build_model(config: RunConfig, device: torch.device) -> tuple[nn.Module, ReversibleChain]:

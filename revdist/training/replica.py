@@ -169,7 +169,7 @@ class Replica:
         if self._assignment.resume:
             self._saver.recall_profiles()
         try:
-            parts = build_parts(self._config, self._device.torch_device)
+            parts = build_parts(self._config, self._device.torch_device, self._assignment.data)
             profiling = Profiling(self._config, parts.model, parts.loss_fn, parts.train, self._device)
             profiles = self._profile(profiling)
             if self._assignment.rendezvous is None:
@@ -179,7 +179,7 @@ class Replica:
             trained = self._lay_out(parts, profiling.pool(profiles))
             self._saver.remember(profiling.known)
         except torch.OutOfMemoryError as error:
-            raise explain_shortage(self._config, self._device, free_bytes) from error
+            raise explain_shortage(self._config, self._device, free_bytes, self._assignment.data) from error
         trained.planner.start(trained.memory.budget_bytes())
         self._report_curve(trained, "start")
         return trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,26 +20,31 @@ from revdist.training.parts import Parts, build_parts
 from revdist.training.replicated import SummedLoss, move_batch
 
 
-def explain_shortage(config: RunConfig, device: Device, free_bytes: int) -> UsageError:
+def explain_shortage(
+    config: RunConfig, device: Device, free_bytes: int, data: tuple[Any, Any] | None = None
+) -> UsageError:
     """The error for a run that ran out of memory before it had a plan.
 
-    free_bytes: what the device had free at the start. On a CPU device the smallest plan is measured
+    free_bytes: what the device had free at the start
+    data: as `build_parts` takes them
+
+    On a CPU device the smallest plan is measured
     on a scratch device with all of the host's memory; this process computes on that one afterwards.
     """
     if not isinstance(device, CpuDevice) or not device.enforced:
         return UsageError(
             f"{device.name} ({device.uuid}) has no room for the smallest plan: lower micro_batch, or free memory on it"
         )
-    needed_bytes = _measure_smallest(config) + config.memory.margin
+    needed_bytes = _measure_smallest(config, data) + config.memory.margin
     return BudgetTooSmall(free_bytes, max(needed_bytes, free_bytes + 1), where=device.name)
 
 
-def _measure_smallest(config: RunConfig) -> int:
+def _measure_smallest(config: RunConfig, data: tuple[Any, Any] | None) -> int:
     """Peak bytes of one micro-batch with everything rebuilt that can be, optimizer state included."""
     scratch = CpuDevice.open(f"scratch-{os.getpid()}", capacity_bytes=host_memory()[0])
     scratch.activate()
     try:
-        parts = build_parts(config, scratch.torch_device)
+        parts = build_parts(config, scratch.torch_device, data)
         _run_smallest(config, parts)
         return scratch.meter().peak_bytes() + coming_state_bytes(config.optimizer, parts.trainable)
     finally:

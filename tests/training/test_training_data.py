@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -98,3 +100,13 @@ def test_consecutive_batches_cover_a_slice() -> None:
 def test_data_without_length_or_samples_are_refused(dataset: object) -> None:
     with pytest.raises(ConfigError, match="training data"):
         check_map_style(dataset, "training")
+
+
+class Stream(torch.utils.data.IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
+def test_a_stream_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"are a Stream, .*cannot be asked for the samples of a step again; read it"):
+        check_map_style(Stream(), "training")
