@@ -11,7 +11,7 @@ from pathlib import Path
 from revdist.cluster.claim import is_alive
 from revdist.cluster.processes import Process, started_with, writing_below
 from revdist.cluster.run_record import RUN_ID, RunRecord, read_record, write_record
-from revdist.errors import RunFailed, UsageError
+from revdist.errors import AddressUnreachable, RunFailed, UsageError
 
 _TICK_S = 0.1
 _LEAVE_S = 10.0
@@ -49,24 +49,14 @@ def stop_run(run_dir: Path, *, now: bool, timeout_s: float) -> Stopped:
     in_order = False
     if was_alive and not now and record.process.send(signal.SIGTERM):
         in_order = _wait(lambda: not is_alive(run_dir) and not record.process.alive, timeout_s)
-    killed = 0
-    if record.here:
-        killed = _kill_driver(record) + _end_rest(record, patience_s=_LEAVE_S if in_order else 0.0)
+    killed = _end_family(record, patience_s=_LEAVE_S if in_order else 0.0) if record.here else 0
+    if record.detached and not record.own_ray and not in_order:
+        killed += _end_replicas(record)
     return Stopped(record=_closed(run_dir), was_alive=was_alive, num_killed=killed)
 
 
-def _kill_driver(record: RunRecord) -> int:
-    if record.ended_s is not None or not record.process.send(signal.SIGKILL):
-        return 0
-    if not _wait(lambda: not record.process.alive, _DEATH_S):
-        raise RunFailed(
-            f"process {record.process.pid} does not end: look at it with `ps -o stat,wchan {record.process.pid}`"
-        )
-    return 1
-
-
-def _end_rest(record: RunRecord, *, patience_s: float) -> int:
-    """Wait for what the run has started on this host to leave, kill what does not; returns how many were killed."""
+def _end_family(record: RunRecord, *, patience_s: float) -> int:
+    """Wait for all that the run has on this host to leave, kill what does not; returns how many were killed."""
     killed: set[Process] = set()
     _wait(lambda: not _family(record), patience_s)
     deadline_s = time.monotonic() + _DEATH_S
@@ -82,18 +72,35 @@ def _end_rest(record: RunRecord, *, patience_s: float) -> int:
 
 
 def _family(record: RunRecord) -> list[Process]:
-    """Living processes that the run started: Ray's, where the cluster is its own, replicas and co-tenants.
+    """Living processes of the run on this host, those that start others first.
 
-    Some of Ray's write their title over their environment, so that only their files tell whose they are.
+    They are its driver and watchman, replicas, co-tenants, and Ray's, where the cluster is its own. Some of
+    Ray's write their title over their environment, so that only their files tell whose they are.
     """
     found = set(started_with(RUN_ID, record.run_id))
     if record.ray_session:
         found.update(writing_below(record.ray_session))
+    if record.ended_s is None and record.process.alive:
+        found.add(record.process)
     return sorted(found, key=lambda process: process.pid)
+
+
+def _end_replicas(record: RunRecord) -> int:
+    """End replicas that outlive their driver in a cluster that is not the run's own; returns how many there were."""
+    from revdist.cluster.local import ray_cluster
+
+    try:
+        with ray_cluster(record.ray_address, num_workers=0):
+            from revdist.cluster.takeover import end
+
+            return end(record.run_id)
+    except AddressUnreachable:  # they are gone with their cluster, or leave once they find themselves alone
+        return 0
 
 
 def _closed(run_dir: Path) -> RunRecord:
     """The record as it stays: a killed driver could not write how it ended."""
+    _wait(lambda: not is_alive(run_dir), _DEATH_S)  # threads of a dead process may hold its files for a moment
     record = read_record(run_dir)
     assert record is not None
     if record.ended_s is None and not is_alive(run_dir):
