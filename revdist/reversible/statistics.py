@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class BatchStatistics:
     __slots__ = ("_expected", "_found", "_norm", "_norms", "_taken")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._norms = {id(norm.running_mean): norm for norm in _known(modules)}
+        self._norms = {id(norm._buffers["running_mean"]): norm for norm in _known(modules)}
         self._taken: dict[_BatchNorm, tuple[Tensor, ...]] = {}
         """Mean and inverse deviation; nothing where a norm was called twice."""
         self._norm: _BatchNorm | None = None
@@ -94,13 +94,15 @@ class BatchStatistics:
 
 
 def _known(modules: Sequence[nn.Module]) -> Iterator[_BatchNorm]:
-    """The batch norms in training whose forward is the one described above."""
+    """The batch norms in training whose forward is the one described above.
+
+    Looks into their dictionaries, for every operator of every forward asks and attributes of modules are slow.
+    """
     for module in modules:
-        if isinstance(module, _BatchNorm) and type(module) in _NORMS and module.training:
-            mean = module.running_mean
-            known = mean is not None and mean.device.type == "cpu" and mean.dtype in _DTYPES
-            if known and "forward" not in module.__dict__:
-                yield module
+        if type(module) in _NORMS and module.training and "forward" not in module.__dict__:
+            mean = module._buffers.get("running_mean")
+            if mean is not None and mean.is_cpu and mean.dtype in _DTYPES and "weight" in module._parameters:
+                yield cast(_BatchNorm, module)
 
 
 def _normalised(
