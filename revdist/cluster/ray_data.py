@@ -15,6 +15,7 @@ drawn anew in every step belongs into the model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
@@ -47,8 +48,7 @@ def as_map_style(dataset: Any, *, input: str, target: str) -> RayRows:
                 raise ConfigError(f"the Ray Dataset has no column {column!r}: it has {', '.join(columns)}")
         blocks = dataset.select_columns([input, target]).materialize().to_arrow_refs()
     except ray.exceptions.RayError as error:
-        cause = str(error).strip().splitlines()[-1]
-        raise DataMissing(f"the Ray Dataset cannot be read: {cause}") from error
+        raise DataMissing(f"the Ray Dataset cannot be read: {_cause(error)}") from error
     count = ray.remote(num_cpus=0)(_num_rows)
     rows = RayRows(blocks, ray.get([count.remote(block) for block in blocks]), input, target)
     if len(rows):
@@ -107,6 +107,13 @@ class RayRows(torch.utils.data.Dataset[Sample]):
         # Copies: the object store is shared and must not be written to.
         inputs, targets = (torch.from_numpy(np.array(arrays[column])) for column in self._columns)
         return list(zip(inputs, targets, strict=True))
+
+
+def _cause(error: Exception) -> str:
+    """The line that names what went wrong, in Ray's account of a task that failed."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"(?!ray\.)[\w.]*(Error|Exception): ", line)]
+    return (named or lines[-1:] or [type(error).__name__])[0]
 
 
 def _num_rows(block: Any) -> int:

@@ -81,6 +81,8 @@ def test_a_dataset_that_cannot_be_read_is_missing_data() -> None:
         as_map_style(dataset().map_batches(fail), input="image", target="label")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_ray_dataset_trains_as_the_same_data_do_otherwise(tmp_path: Path) -> None:
     run = {"steps": 3, "epochs": None, "evaluate": False, "precision": "fp64"}
     revdist.Trainer(settings(**run), run_dir=tmp_path / "plain").fit()
