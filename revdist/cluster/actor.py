@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, final
 
 from revdist.cluster.placement import Place
 from revdist.config import CoTenantConfig
-from revdist.devices import open_device
+from revdist.devices import list_devices, open_device
+from revdist.devices.cpu import CpuDevice
 from revdist.devices.device import Device
+from revdist.devices.host import host_memory
 from revdist.devices.reading import Reading
 from revdist.errors import NoFreeDevice
 from revdist.training.network import listen
@@ -96,9 +98,7 @@ class ReplicaActor:
 
         Raises DeviceError or UsageError where the device cannot be opened.
         """
-        self._device = open_device(
-            kind=self._spec.kind, name=self._spec.name, uuid=self._uuid(), capacity_bytes=self._spec.capacity
-        )
+        self._device = self._open()
         self._listener = listen(address)
         self._location = Location(
             host=socket.gethostname(),
@@ -214,13 +214,26 @@ class ReplicaActor:
             self._inbox, self._outbox = Inbox(), Outbox()
         return self._inbox, self._outbox
 
+    def _open(self) -> Device:
+        """The device; where any will do, one that no other replica computes on."""
+        spec = self._spec
+        name = "" if self._place.any_device else spec.name
+        device = open_device(kind=spec.kind, name=name, uuid=self._uuid(), capacity_bytes=spec.capacity)
+        if not isinstance(device, CpuDevice):
+            return device
+        number = 0
+        while not device.reserve() and self._place.any_device:
+            number += 1
+            # A host's memory is one: a further device of it counts on half of what is free now.
+            known = any(one.name == f"cpu-{number}" for one in list_devices())
+            device = CpuDevice.open(f"cpu-{number}", capacity_bytes=None if known else host_memory()[1] // 2)
+        return device
+
     def _uuid(self) -> str:
         """The device's UUID: the one configured, else that of the GPU that Ray reserved for this actor."""
         if self._spec.kind == "cpu" or self._spec.uuid:
             return self._spec.uuid
         import ray
-
-        from revdist.devices import list_devices
 
         (assigned,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         for reading in list_devices():

@@ -12,7 +12,8 @@ from typing import Any, final
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from revdist.cluster.actor import NUM_THREADS, Location, ReplicaActor
 from revdist.cluster.placement import Host, Place
@@ -44,8 +45,11 @@ class Lost:
     detail: str
 
 
-def hosts() -> list[Host]:
-    """Hosts of the cluster with what Ray has free on them, the driver's own first."""
+def hosts(group: PlacementGroup | None = None) -> list[Host]:
+    """Hosts of the cluster with what Ray has free on them, the driver's own first.
+
+    group: only the bundles of this placement group count, each as a host of its own.
+    """
     from ray._private.state import available_resources_per_node
 
     free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
@@ -53,14 +57,27 @@ def hosts() -> list[Host]:
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     alive = [node for node in nodes if node["Alive"]]
     alive.sort(key=lambda node: (node["NodeID"] != own, node["NodeManagerAddress"]))
+    parts = [(node, -1, "") for node in alive] if group is None else _bundles(group, alive)
     return [
         Host(
             node_id=node["NodeID"],
             address=node["NodeManagerAddress"],
-            cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
-            gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
+            cpus=free.get(node["NodeID"], {}).get(f"CPU{suffix}", 0.0),
+            gpus=free.get(node["NodeID"], {}).get(f"GPU{suffix}", 0.0),
+            bundle=bundle,
         )
-        for node in alive
+        for node, bundle, suffix in parts
+    ]
+
+
+def _bundles(group: PlacementGroup, nodes: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, str]]:
+    """Per bundle: its node, its number, and how the names of its resources end."""
+    where: dict[int, str] = ray.util.placement_group_table(group)["bundles_to_node_id"]
+    return [
+        (node, bundle, f"_group_{bundle}_{group.id.hex()}")
+        for node in nodes
+        for bundle, node_id in sorted(where.items())
+        if node_id == node["NodeID"]
     ]
 
 
@@ -77,9 +94,19 @@ class _Heart:
 class Fleet:
     """The actors of a run by member number: one per replica, those that were lost left out."""
 
-    def __init__(self, places: Sequence[Place], *, threads: int, run_id: str | None = None) -> None:
-        """run_id: given, the actors outlive this process, and are found again by it."""
+    def __init__(
+        self,
+        places: Sequence[Place],
+        *,
+        threads: int,
+        run_id: str | None = None,
+        placement_group: PlacementGroup | None = None,
+    ) -> None:
+        """run_id: given, the actors outlive this process, and are found again by it.
+        placement_group: whose bundles the places name.
+        """
         self._threads = threads
+        self._placement_group = placement_group
         self._run_id = run_id
         self._actors: dict[int, Any] = {}
         self._last: dict[int, int] = {}
@@ -98,7 +125,7 @@ class Fleet:
         """Start another actor; returns its member number at once."""
         member, self._next = self._next, self._next + 1
         name = None if self._run_id is None else f"{self._run_id}-{member}"
-        self._actors[member] = _create(place, self._threads, name)
+        self._actors[member] = _create(place, self._threads, name, self._placement_group)
         self._last[member] = 0
         return member
 
@@ -109,6 +136,10 @@ class Fleet:
             self._actors[member] = actor
             self._last[member] = 0
             self._ask(member)
+
+    def free_hosts(self) -> list[Host]:
+        """Where the run may start further actors, with what is free there."""
+        return hosts(self._placement_group)
 
     def locate(self, addresses: Mapping[int, str]) -> list[Location]:
         """Where actors run, with their devices open. Raises what opening a device raises."""
@@ -256,13 +287,15 @@ class Fleet:
                 heart.asked_s, heart.question = now_s, self._actors[member].answer.remote()
 
 
-def _create(place: Place, threads: int, name: str | None) -> Any:
+def _create(place: Place, threads: int, name: str | None, group: PlacementGroup | None) -> Any:
     environment = {name: value for name, value in os.environ.items() if name.startswith("REVDIST_")}
     options: dict[str, Any] = {
         "num_cpus": threads,
         "num_gpus": 1 if place.spec.kind == "cuda" else 0,
         "max_concurrency": NUM_THREADS,
-        "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node_id, soft=False),
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+        if group is None
+        else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place.bundle),
     }
     if name is not None:
         options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}

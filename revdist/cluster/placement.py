@@ -18,6 +18,8 @@ class Host:
     address: str
     cpus: float
     gpus: float
+    bundle: int = -1
+    """Of a placement group, whose part of the host this is; -1: the host as a whole."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,10 @@ class Place:
     """Of the host, on the network that the cluster shares."""
     spec: DeviceSpec
     """With a name, where it is a CPU device."""
+    bundle: int = -1
+    """Of the run's placement group; -1: it has none."""
+    any_device: bool = False
+    """Another CPU device of the host will do, where another run computes on this one."""
 
 
 def place(config: RunConfig, hosts: Sequence[Host]) -> tuple[Place, ...]:
@@ -39,21 +45,20 @@ def place(config: RunConfig, hosts: Sequence[Host]) -> tuple[Place, ...]:
 
     Raises NoFreeDevice where the cluster has too few, BatchTooSmall where a replica would have no sample.
     """
-    specs = _automatic(hosts) if config.devices == "auto" else list(config.devices)
-    if config.devices == "auto" and config.workers.max is not None:
-        specs = specs[: config.workers.max]
+    homes = _Homes(hosts, threads=config.threads_per_worker)
+    automatic = config.devices == "auto"
+    specs = (homes.automatic() if config.devices == "auto" else list(config.devices))[: config.workers.max]
     if len(specs) < config.workers.min:
         raise NoFreeDevice(
             f"{len(specs)} devices are free and the run wants {config.workers.min}: lower workers.min, "
             "or list more devices (`revdist devices` shows what there is)"
         )
     equal_split(config.global_batch, len(specs))
-    homes = _Homes(hosts, threads=config.threads_per_worker)
     chosen = [(homes.take(spec), spec) for spec in specs]
     order = {host.node_id: number for number, host in enumerate(hosts)}
     chosen.sort(key=lambda pair: order[pair[0].node_id])
     return tuple(
-        Place(rank=rank, node_id=host.node_id, address=host.address, spec=spec)
+        _on(host, spec, rank=rank, any_device=automatic and spec.kind == "cpu")
         for rank, (host, spec) in enumerate(_named(chosen))
     )
 
@@ -70,16 +75,27 @@ def place_another(
         nearby = sorted(hosts, key=lambda host: host.node_id != before.node_id)
         for host in nearby:
             if _fits(config, host, before.spec) and not _is_taken(host, before.spec, taken):
-                return Place(rank=rank, node_id=host.node_id, address=host.address, spec=before.spec)
+                return _on(host, before.spec, rank=rank, any_device=before.any_device)
     if config.devices != "auto":
         return None
-    used = {place.node_id for place in taken}
+    used = {(place.node_id, place.bundle) for place in taken}
     on_gpus = any(place.spec.kind == "cuda" for place in (*taken, *lost))
     spec = DeviceSpec(kind="cuda") if on_gpus else DeviceSpec(kind="cpu", name="cpu-0")
     for host in hosts:
-        if (on_gpus or host.node_id not in used) and _fits(config, host, spec):
-            return Place(rank=rank, node_id=host.node_id, address=host.address, spec=spec)
+        if (on_gpus or (host.node_id, host.bundle) not in used) and _fits(config, host, spec):
+            return _on(host, spec, rank=rank, any_device=not on_gpus)
     return None
+
+
+def _on(host: Host, spec: DeviceSpec, *, rank: int, any_device: bool) -> Place:
+    return Place(
+        rank=rank,
+        node_id=host.node_id,
+        address=host.address,
+        spec=spec,
+        bundle=host.bundle,
+        any_device=any_device,
+    )
 
 
 def _fits(config: RunConfig, host: Host, spec: DeviceSpec) -> bool:
@@ -90,38 +106,37 @@ def _is_taken(host: Host, spec: DeviceSpec, taken: Sequence[Place]) -> bool:
     return spec.kind == "cpu" and any(place.node_id == host.node_id and place.spec.name == spec.name for place in taken)
 
 
-def _automatic(hosts: Sequence[Host]) -> list[DeviceSpec]:
-    """Every free GPU, else one CPU device a host."""
-    gpus = [DeviceSpec(kind="cuda") for host in hosts for _ in range(int(host.gpus))]
-    return gpus or [DeviceSpec(kind="cpu") for _ in hosts]
-
-
 class _Homes:
     """Hosts with what is left of them as replicas are placed."""
 
     def __init__(self, hosts: Sequence[Host], *, threads: int) -> None:
         self._hosts = hosts
         self._threads = threads
-        self._cpus = {host.node_id: host.cpus for host in hosts}
-        self._gpus = {host.node_id: host.gpus for host in hosts}
-        self._placed = {host.node_id: 0 for host in hosts}
+        self._cpus = {host: host.cpus for host in hosts}
+        self._gpus = {host: host.gpus for host in hosts}
+        self._placed = dict.fromkeys(hosts, 0)
+
+    def automatic(self) -> list[DeviceSpec]:
+        """Every free GPU, else one CPU device on each host that has a free core."""
+        gpus = [DeviceSpec(kind="cuda") for host in self._hosts for _ in range(int(host.gpus))]
+        return gpus or [DeviceSpec(kind="cpu") for host in self._hosts if host.cpus >= self._threads]
 
     def take(self, spec: DeviceSpec) -> Host:
         fitting = [host for host in self._hosts if self._has_room(host, spec)]
         if not fitting:
             raise NoFreeDevice(self._why_not(spec))
         # Python's sort is stable: among hosts with as few replicas, the first.
-        host = min(fitting, key=lambda host: self._placed[host.node_id])
-        self._cpus[host.node_id] -= self._threads
-        self._gpus[host.node_id] -= spec.kind == "cuda"
-        self._placed[host.node_id] += 1
+        host = min(fitting, key=lambda host: self._placed[host])
+        self._cpus[host] -= self._threads
+        self._gpus[host] -= spec.kind == "cuda"
+        self._placed[host] += 1
         return host
 
     def _has_room(self, host: Host, spec: DeviceSpec) -> bool:
-        return self._cpus[host.node_id] >= self._threads and (spec.kind == "cpu" or self._gpus[host.node_id] >= 1)
+        return self._cpus[host] >= self._threads and (spec.kind == "cpu" or self._gpus[host] >= 1)
 
     def _why_not(self, spec: DeviceSpec) -> str:
-        if spec.kind == "cuda" and not any(self._gpus[host.node_id] >= 1 for host in self._hosts):
+        if spec.kind == "cuda" and not any(self._gpus[host] >= 1 for host in self._hosts):
             total = int(sum(host.gpus for host in self._hosts))
             return (
                 f"no free GPU: the run wants another one and Ray has {total} free on {len(self._hosts)} hosts; "

@@ -14,7 +14,7 @@ from typing import Any, final
 from ray.exceptions import RayActorError
 
 from revdist.cluster.actor import Location
-from revdist.cluster.fleet import Fleet, hosts
+from revdist.cluster.fleet import Fleet
 from revdist.cluster.placement import Place, place_another
 from revdist.config import RunConfig
 from revdist.errors import RevdistError
@@ -24,6 +24,10 @@ _LOOK_S = 1.0
 """Seconds between looks for a free device."""
 _BACKOFF_S = (2.0, 5.0, 15.0, 60.0)
 """Pauses after a newcomer that failed before it joined: its device may need time."""
+_ANSWER_S = 20.0
+"""Longest wait for a newcomer's process: Ray takes a minute to find out that a host is gone."""
+_SHUN_S = 120.0
+"""Time for which other hosts are tried after one did not answer."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -31,6 +35,7 @@ class _Newcomer:
     place: Place
     found: Any
     """Answer to the question where it runs, as it comes."""
+    asked_s: float
     location: Location | None = None
     ready: bool = False
 
@@ -68,6 +73,8 @@ class Recruiter:
         self._failed = 0
         self._newcomers: dict[int, _Newcomer] = {}
         self._next_look_s = 0.0
+        self._shunned_until_s: dict[str, float] = {}
+        """By node."""
 
     @property
     def most_members(self) -> int:
@@ -108,6 +115,9 @@ class Recruiter:
         for member, newcomer in list(self._newcomers.items()):
             if newcomer.location is None and self._fleet.has_come(newcomer.found):
                 self._start(member, newcomer)
+            elif newcomer.location is None and time.monotonic() > newcomer.asked_s + _ANSWER_S:
+                self._shunned_until_s[newcomer.place.node_id] = time.monotonic() + _SHUN_S
+                self.fail(member, f"its host did not answer for {_ANSWER_S:.0f} s")
         if not self._newcomers and time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + _LOOK_S
             self._look()
@@ -120,7 +130,9 @@ class Recruiter:
         if len(self._places) >= self.most_members or not self._may_look:
             return
         lost = self._lost if self._restarts < self._config.workers.max_restarts else []
-        place = place_another(self._config, hosts(), tuple(self._places.values()), lost, rank=-1)
+        now_s = time.monotonic()
+        answering = [one for one in self._fleet.free_hosts() if self._shunned_until_s.get(one.node_id, now_s) <= now_s]
+        place = place_another(self._config, answering, tuple(self._places.values()), lost, rank=-1)
         if place is None:
             return
         for before in lost:
@@ -130,7 +142,7 @@ class Recruiter:
                 break
         member = self._fleet.add(place)
         self._places[member] = place
-        self._newcomers[member] = _Newcomer(place, self._fleet.find(member, place.address))
+        self._newcomers[member] = _Newcomer(place, self._fleet.find(member, place.address), now_s)
 
     @property
     def _may_look(self) -> bool:

@@ -22,6 +22,8 @@ from revdist.devices.reading import Reading
 from revdist.errors import ConfigError, NoFreeDevice, Preempted
 
 if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
     from revdist.cluster.actor import Location
     from revdist.cluster.controller import Controller
     from revdist.cluster.crew import Crew
@@ -57,6 +59,7 @@ class Trainer:
     `run_dir`: where the run is written; None: `runs/<name>-<time>` under the current folder.
     `resume`: continue from the newest whole checkpoint in `run_dir`.
     `log_dir`: where what each rank prints is written; None: `logs` in the run directory.
+    `placement_group`: of Ray, in whose bundles alone the replicas go; None: the one this code runs in, if it does.
     `datasets`: `(train, test)` in place of what `data.factory` would give, two map-style datasets that Ray can
     send to the replicas, such as `revdist.cluster.ray_data.as_map_style` makes of a Ray Dataset; test may be None.
     """
@@ -71,6 +74,7 @@ class Trainer:
         resume: bool = False,
         log_dir: str | Path | None = None,
         datasets: tuple[Any, Any] | None = None,
+        placement_group: PlacementGroup | None = None,
         **keys: Any,
     ) -> None:
         given = config.model_dump(exclude_unset=True) if isinstance(config, RunConfig) else dict(config or {})
@@ -83,6 +87,7 @@ class Trainer:
         self.run_dir = run_dir
         self.resume = resume
         self.log_dir = log_dir
+        self.placement_group = placement_group
 
     def fit(self) -> Result:
         """Train to the end.
@@ -192,14 +197,18 @@ class Trainer:
 
     def _place(self, run_id: str | None = None) -> tuple[Sequence[Place], Fleet]:
         """Where replicas go, and their actors. run_id: given, they outlive this process."""
+        from ray.util import get_current_placement_group
+
         from revdist.cluster.fleet import Fleet, hosts
         from revdist.cluster.placement import place
 
+        group = self.placement_group or get_current_placement_group()
         patient_until_s = time.monotonic() + _RESOURCES_S
         while True:
             try:
-                places = place(self.config, hosts())
-                return places, Fleet(places, threads=self.config.threads_per_worker, run_id=run_id)
+                places = place(self.config, hosts(group))
+                fleet = Fleet(places, threads=self.config.threads_per_worker, run_id=run_id, placement_group=group)
+                return places, fleet
             except NoFreeDevice:
                 if time.monotonic() > patient_until_s:
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import logging
 import os
@@ -39,6 +40,7 @@ class CpuDevice(Device):
         self._ledger = ledger
         self._allocator: NativeAllocator | None = None
         self._resident: ResidentMeter | None = None
+        self._reserved: int | None = None
         self.name = ledger.name
         self.uuid = ledger.uuid
 
@@ -81,6 +83,21 @@ class CpuDevice(Device):
         if self._resident is not None:
             self._resident.allocated_bytes()  # publishes what this process holds
         return _reading(self.name, self.uuid, self._ledger.balance())
+
+    def reserve(self) -> bool:
+        """Keep the device for this process until it ends; False where another process keeps it.
+
+        Binds only those who ask: co-tenants do not.
+        """
+        if self._reserved is None:
+            file = os.open(self._ledger.path, os.O_RDONLY)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(file)
+                return False
+            self._reserved = file
+        return True
 
     def meter(self) -> MemoryMeter:
         """Exact where the native allocator works, else the process's resident memory.

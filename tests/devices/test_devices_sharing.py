@@ -278,3 +278,16 @@ def test_a_co_tenant_can_be_played_within_a_process(ledger_device: MakeDevice) -
     assert device.read().used_bytes == tenant.held_bytes == 3 * MIB + 5
     tenant.give_back()
     assert device.read().used_bytes == 0
+
+
+def test_a_device_is_reserved_by_one_process_until_it_ends(devices_folder: Path) -> None:
+    device = CpuDevice.open("cpu-0", capacity_bytes=2**20)
+    script = "from revdist.devices.cpu import CpuDevice; print(CpuDevice.open('cpu-0').reserve())"
+
+    def other() -> str:
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert other() == "True"  # and it has ended
+    assert device.reserve()
+    assert device.reserve()
+    assert other() == "False"
