@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.page import page
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.table import Table
 from revdist import Mode
@@ -265,12 +266,7 @@ def main() -> None:
     peers = ["torchdiffeq"] if importlib.util.find_spec("torchdiffeq") else []
     about = provenance(["torch", *peers]) | {"command": "python benchmarks/operators.py", "rounds": options.rounds}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    heading = (
-        f"{about['date'][:10]}, {about['hardware']['cpu']}, {about['hardware']['num_cores']} cores, one thread, "
-        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    )
-    text = "\n".join(["# Operators", heading, *(table.as_markdown() for table in tables)])
-    options.out.write_text(text, encoding="utf-8")
+    options.out.write_text(page("Operators", about, tables), encoding="utf-8")
     rows = {table.title: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
     options.out.with_suffix(".json").write_text(json.dumps(about | rows, indent=1), encoding="utf-8")
     console.print(f"written to {options.out}")

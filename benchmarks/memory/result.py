@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.memory.measuring import Finding
 from benchmarks.memory.training import Whole
+from benchmarks.page import page
 from benchmarks.table import Table
 
 MIB = 2**20
@@ -42,18 +43,10 @@ class Result:
             "trainings": [dataclasses.asdict(whole) for whole in self.wholes],
         }
         paths[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        paths[1].write_text(self._as_markdown(figure), encoding="utf-8")
+        tables = [*self.tables(), _details(self.findings)]
+        text = page("Predicted and measured", self.about, tables, figure=figure, caption="predicted over measured")
+        paths[1].write_text(text, encoding="utf-8")
         return paths
-
-    def _as_markdown(self, figure: str) -> str:
-        about = self.about
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        machine = f"{about['hardware']['cpu']} ({about['hardware']['num_cores']} cores), {versions}"
-        head = (
-            f"# Predicted and measured, {about['date'][:10]}\n\n{about['method']}\n\n"
-            f"`{about['command']}` on {machine}.\n\n![Predicted and measured]({figure})\n"
-        )
-        return "\n".join([head, *(table.as_markdown() for table in [*self.tables(), _details(self.findings)])])
 
 
 def over_budget(findings: Iterable[Finding]) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import page
 from benchmarks.peers.behaviour import Answer, Verdict
 from benchmarks.peers.cost import Cost
 from benchmarks.peers.extras import Buckets, Demotion
@@ -67,20 +68,14 @@ class Result:
         return paths
 
     def _page(self, figure: str) -> str:
-        hardware, versions = self.about["hardware"], self.about["versions"]
-        parts = [
-            "# Reversible networks: revdist and other libraries\n",
-            f"{self.about['date']}, commit {self.about['commit']}. {hardware['cpu']}, {hardware['num_cores']} cores, "
-            f"{hardware['memory_bytes'] / 2**30:.0f} GiB, {self.about['system']}. "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + ".\n",
-            f"Written by `{self.about['command']}`. {self.about['method']}\n",
-        ]
-        if figure:
-            parts.append(f"![step time against peak memory]({figure})\n")
-        parts += [table.as_markdown() for table in self.tables()]
-        parts += _reasons(self.labels, self.questions, self.verdicts)
-        return "\n".join(parts)
+        return page(
+            "Reversible networks: revdist and other libraries",
+            self.about,
+            self.tables(),
+            figure=figure,
+            caption="step time against peak memory",
+            remarks=_reasons(self.labels, self.questions, self.verdicts),
+        )
 
 
 def _cost_table(depth: int, costs: list[Cost]) -> Table:

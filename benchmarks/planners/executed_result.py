@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.page import page
 from benchmarks.planners.executed import Execution, Revdist, RevdistOffload
 from benchmarks.planners.result import Goal, goal_table
 from benchmarks.table import Table
@@ -69,13 +70,8 @@ def write(executions: Sequence[Execution], about: dict[str, Any], folder: Path, 
         "executions": [dataclasses.asdict(execution) for execution in executions],
     }
     paths[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    machine = f"{about['hardware']['cpu']} ({about['hardware']['num_cores']} cores)"
-    versions = ", ".join(f"{distribution} {version}" for distribution, version in about["versions"].items())
-    head = (
-        f"# Plans carried out, {about['date'][:10]}\n\n{about['method']}\n\n"
-        f"`{about['command']}` on {machine}, {versions}.\n\n![Step time over peak]({name}.png)\n"
-    )
-    paths[1].write_text("\n".join([head, *(table.as_markdown() for table in tables(executions))]), encoding="utf-8")
+    text = page("Plans carried out", about, tables(executions), figure=paths[2].name, caption="step time over peak")
+    paths[1].write_text(text, encoding="utf-8")
     draw(executions, paths[2])
     return paths
 

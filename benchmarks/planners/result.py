@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import page
 from benchmarks.planners.study import Score, Trial
 from benchmarks.table import Table
 
@@ -49,19 +50,10 @@ class Result:
         head = {"about": self.about, "goals": [dataclasses.asdict(goal) for goal in self.goals()]}
         lines = ",\n".join(json.dumps(dataclasses.asdict(score)) for score in self.scores)
         paths[0].write_text(f'{json.dumps(head, indent=1)[:-2]},\n "scores": [\n{lines}\n]}}\n', encoding="utf-8")
-        paths[1].write_text(self._as_markdown(figure), encoding="utf-8")
+        tables = [*self.tables(), *(_details(family, length, scores) for family, length, scores in self._by_chain())]
+        text = page("Planners", self.about, tables, figure=figure, caption="planners compared")
+        paths[1].write_text(text, encoding="utf-8")
         return paths
-
-    def _as_markdown(self, figure: str) -> str:
-        about = self.about
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        machine = f"{about['hardware']['cpu']} ({about['hardware']['num_cores']} cores), {versions}"
-        head = (
-            f"# Planners, {about['date'][:10]}\n\n{about['method']}\n\n"
-            f"`{about['command']}` on {machine}.\n\n![Planners compared]({figure})\n"
-        )
-        details = [_details(family, length, scores) for family, length, scores in self._by_chain()]
-        return "\n".join([head, *(table.as_markdown() for table in [*self.tables(), *details])])
 
     def _by_chain(self) -> Iterator[tuple[str, int, list[Score]]]:
         for family, length in dict.fromkeys((score.family, score.num_operators) for score in self.scores):

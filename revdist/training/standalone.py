@@ -15,7 +15,7 @@ from revdist.devices.cpu import CpuDevice, LedgerMeter
 from revdist.devices.cuda import CudaMeter
 from revdist.devices.device import MemoryMeter
 from revdist.devices.host import host_memory
-from revdist.errors import DeviceError
+from revdist.errors import DeviceError, UsageError
 from revdist.planning.costs import Mode, Profile
 from revdist.reversible.profiler import Progress, profile_chain
 
@@ -31,13 +31,17 @@ def profile(
 ) -> Profile:
     """Measure the options of every operator of the model's chain, on the device of its batch.
 
-    Runs `loss_fn(model(batch))` and its backward; takes no optimizer step and leaves the model as it
-    was. A tuple as batch is passed as several arguments. On a CPU without an active device, this
+    Runs `loss_fn(model(batch))` and its backward some tens of times, in the training mode the model is in;
+    takes no optimizer step and leaves the model as it was. `loss_fn` returns a scalar; a tuple as batch is
+    passed as several arguments. `modes` limits what is measured. On a CPU without an active device, this
     process's memory is counted on a device of its own for the time being.
 
-    Raises torch.OutOfMemoryError where not even the most frugal schedule fits.
+    Raises UsageError where the model has no chain or the batch no tensor, and torch.OutOfMemoryError where
+    not even the most frugal schedule fits.
     """
-    first = next(part for part in (batch if isinstance(batch, tuple) else (batch,)) if isinstance(part, Tensor))
+    first = next((part for part in (batch if isinstance(batch, tuple) else (batch,)) if isinstance(part, Tensor)), None)
+    if first is None:
+        raise UsageError(f"the batch must be a tensor or a tuple with one, not {type(batch).__name__}")
     with _meter(first.device) as meter:
         return profile_chain(model, batch, loss_fn, meter=meter, repeats=repeats, modes=modes, progress=progress)
 

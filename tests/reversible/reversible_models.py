@@ -15,6 +15,16 @@ from revdist.reversible import AdditiveCoupling, AffineCoupling, Coupling, Rever
 
 torch.set_num_threads(1)
 
+IMAGES = (3, 3, 8, 8)
+"""Shape of a batch for `conv_chain`."""
+
+INVERT = (Mode.INVERT, Mode.RECOMPUTE)
+"""Modes for `uniform` that keep as little as an operator can."""
+
+
+def images() -> Tensor:
+    return torch.randn(IMAGES, dtype=torch.float64)
+
 
 def conv_branch(channels: int, *, dropout: float = 0.0, in_place: bool = True) -> nn.Sequential:
     """BN, ReLU, conv, BN, ReLU, dropout, conv."""

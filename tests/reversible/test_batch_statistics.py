@@ -8,14 +8,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from reversible_models import assert_close, gradients, schedules, step, twins, uniform
+from reversible_models import INVERT, assert_close, gradients, schedules, step, twins, uniform
 from torch import nn
 
 from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, ReversibleChain
 from revdist.reversible.statistics import BatchStatistics
 
-INVERT = (Mode.INVERT, Mode.RECOMPUTE)
 GRID = 2.0**-12
 
 

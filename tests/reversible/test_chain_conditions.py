@@ -8,10 +8,13 @@ import pickle
 import pytest
 import torch
 from reversible_models import (
+    IMAGES,
+    INVERT,
     assert_close,
     branches,
     conv_chain,
     gradients,
+    images,
     linear_chain,
     schedules,
     step,
@@ -23,18 +26,6 @@ from torch import nn
 from revdist.errors import ReplayDiverged
 from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, ReversibleChain
-
-IMAGES = (3, 3, 8, 8)
-INVERT = (Mode.INVERT, Mode.RECOMPUTE)
-
-
-@pytest.fixture(params=["SAVE", "INVERT"])
-def modes(request):
-    return (Mode.SAVE,) if request.param == "SAVE" else INVERT
-
-
-def images() -> torch.Tensor:
-    return torch.randn(IMAGES, dtype=torch.float64)
 
 
 def test_dropout_masks_are_those_of_the_forward_and_the_random_stream_goes_on_undisturbed():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
-from reversible_models import assert_close, conv_chain, gradients, schedules, uniform
+from reversible_models import INVERT, assert_close, conv_chain, gradients, schedules, uniform
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +19,6 @@ from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, ReversibleChain, find_chain
 
 IMAGES = (4, 3, 8, 8)
-INVERT = (Mode.INVERT, Mode.RECOMPUTE)
 
 
 def batches():

@@ -7,19 +7,14 @@ import itertools
 
 import pytest
 import torch
-from reversible_models import assert_close, conv_branch, conv_chain, gradients, schedules, uniform
+from reversible_models import assert_close, conv_branch, conv_chain, gradients, images, schedules, uniform
 from torch import nn
 
 from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, Event, ReversibleChain
 
 MIB = 2**20
-IMAGES = (3, 3, 8, 8)
 ALL = 2**60
-
-
-def images():
-    return torch.randn(IMAGES, dtype=torch.float64)
 
 
 def wide_chain():

@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from reversible_models import (
+    INVERT,
     assert_close,
     conv_chain,
     gradients,
+    images,
     linear_chain,
     step,
     twins,
@@ -20,18 +22,6 @@ from torch import nn
 from revdist.errors import BoundaryModified
 from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, ReversibleChain
-
-IMAGES = (3, 3, 8, 8)
-INVERT = (Mode.INVERT, Mode.RECOMPUTE)
-
-
-@pytest.fixture(params=["SAVE", "INVERT"])
-def modes(request):
-    return (Mode.SAVE,) if request.param == "SAVE" else INVERT
-
-
-def images() -> torch.Tensor:
-    return torch.randn(IMAGES, dtype=torch.float64)
 
 
 def test_a_frozen_stem_and_an_input_without_grad_train_all_the_rest(modes):

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 from reversible_models import (
+    IMAGES,
+    INVERT,
     Plain,
     assert_close,
     conv_chain,
@@ -21,9 +23,6 @@ from torch import nn
 
 from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, ReversibleChain, ReversibleOperator
-
-IMAGES = (3, 3, 8, 8)
-INVERT = (Mode.INVERT, Mode.RECOMPUTE)
 
 
 @pytest.mark.parametrize("index", range(10))

@@ -7,9 +7,11 @@ import gc
 import pytest
 import torch
 from reversible_models import (
+    INVERT,
     assert_close,
     conv_chain,
     gradients,
+    images,
     linear_chain,
     schedules,
     step,
@@ -18,20 +20,7 @@ from reversible_models import (
 )
 from torch import nn
 
-from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, ReversibleChain, find_chain
-
-IMAGES = (3, 3, 8, 8)
-INVERT = (Mode.INVERT, Mode.RECOMPUTE)
-
-
-@pytest.fixture(params=["SAVE", "INVERT"])
-def modes(request):
-    return (Mode.SAVE,) if request.param == "SAVE" else INVERT
-
-
-def images() -> torch.Tensor:
-    return torch.randn(IMAGES, dtype=torch.float64)
 
 
 def test_double_backward(modes):

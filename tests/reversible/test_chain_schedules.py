@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from reversible_models import (
+    INVERT,
     conv_chain,
     linear_chain,
     uniform,
@@ -14,18 +14,6 @@ from torch import nn
 from revdist.errors import UsageError
 from revdist.planning.costs import Mode, Schedule
 from revdist.reversible import AdditiveCoupling, ReversibleChain, apply, find_chain
-
-IMAGES = (3, 3, 8, 8)
-INVERT = (Mode.INVERT, Mode.RECOMPUTE)
-
-
-@pytest.fixture(params=["SAVE", "INVERT"])
-def modes(request):
-    return (Mode.SAVE,) if request.param == "SAVE" else INVERT
-
-
-def images() -> torch.Tensor:
-    return torch.randn(IMAGES, dtype=torch.float64)
 
 
 def test_schedules_that_do_not_fit_are_refused():

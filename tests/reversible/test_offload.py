@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reversible_models import assert_close, conv_chain, gradients, linear_chain, step, twins, uniform
+from reversible_models import IMAGES, assert_close, conv_chain, gradients, linear_chain, step, twins, uniform
 
 from revdist.errors import BoundaryModified
 from revdist.planning.costs import Mode
-
-IMAGES = (3, 3, 8, 8)
 
 
 def offloading(chain, *others):

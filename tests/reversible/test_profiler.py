@@ -16,7 +16,7 @@ from revdist.planning.costs import Mode, Profile
 from revdist.planning.frontier import solve
 from revdist.planning.replay import replay
 from revdist.reversible import AdditiveCoupling, ReversibleChain, find_chain, profile_chain
-from revdist.training.profile_model import profile
+from revdist.training.standalone import profile
 
 MIB = 2**20
 
