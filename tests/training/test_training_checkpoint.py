@@ -49,6 +49,14 @@ def test_a_state_comes_back_bit_equal(tmp_path: Path) -> None:
     assert all(gradients_apart)
 
 
+def test_torch_reads_it_by_itself(tmp_path: Path) -> None:
+    saved = checkpoint.save(tmp_path, {"model/x": torch.arange(5.0), "model/n": torch.tensor(3)}, progress(1))
+    state = {"model/x": torch.zeros(5), "model/n": torch.tensor(0)}
+    torch.distributed.checkpoint.load(state, checkpoint_id=str(saved), no_dist=True)
+    assert torch.equal(state["model/x"], torch.arange(5.0))
+    assert int(state["model/n"]) == 3
+
+
 def test_no_checkpoint_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="start the run without --resume"):
         newest(tmp_path / "nothing")
