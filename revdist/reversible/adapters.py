@@ -18,12 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, cast, final
 
-import torch
 from torch import Tensor, nn
 
 from revdist.errors import UsageError
 from revdist.reversible.chain import ReversibleChain
-from revdist.reversible.couplings import Half
+from revdist.reversible.couplings import Coupling
 from revdist.reversible.hugging_face import adapt_encoder, adapt_layer, is_encoder, is_layer
 from revdist.reversible.operator import Operator, ReversibleOperator
 
@@ -108,33 +107,27 @@ def _is_memcnn(module: nn.Module) -> bool:
 
 
 @final
-class _MemcnnCoupling(ReversibleOperator):
+class _MemcnnCoupling(Coupling):
     """memcnn's coupling, with its names, on the halves that the chain makes."""
 
-    num_streams: ClassVar[int] = 2
+    branch_names: ClassVar[tuple[str, str]] = ("Fm", "Gm")
 
     def __init__(self, coupling: nn.Module) -> None:
-        super().__init__()
-        self.Fm = cast(nn.Module, coupling.Fm)
-        self.Gm = cast(nn.Module, coupling.Gm)
-        affine = any(parent.__name__ == "AffineCoupling" for parent in type(coupling).__mro__)
-        self._combine: Callable[[Tensor, Any], Tensor] = _scale_and_shift if affine else torch.add
-        self._uncombine: Callable[[Tensor, Any], Tensor] = _unscale_and_unshift if affine else torch.sub
+        super().__init__(cast(nn.Module, coupling.Fm), cast(nn.Module, coupling.Gm))
+        self._affine = any(parent.__name__ == "AffineCoupling" for parent in type(coupling).__mro__)
         self.train(coupling.training)
 
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        y1 = self._combine(x1, self.Fm(x2))
-        return y1, self._combine(x2, self.Gm(y1))
+    def combine(self, stream: Tensor, change: Any) -> Tensor:
+        if not self._affine:
+            return stream + cast(Tensor, change)
+        scale, shift = cast(tuple[Tensor, Tensor], change)
+        return stream * scale + shift
 
-    def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        x2 = self._uncombine(y2, self.Gm(y1))
-        return self._uncombine(y1, self.Fm(x2)), x2
-
-    def operators(self, name: str) -> tuple[Operator, ...]:
-        return tuple(
-            Half(name, self, branch, changed=changed, combine=self._combine, uncombine=self._uncombine)
-            for changed, branch in enumerate(("Fm", "Gm"))
-        )
+    def uncombine(self, stream: Tensor, change: Any) -> Tensor:
+        if not self._affine:
+            return stream - cast(Tensor, change)
+        scale, shift = cast(tuple[Tensor, Tensor], change)
+        return (stream - shift) / scale
 
 
 @final
@@ -177,13 +170,3 @@ class _Pair(_Single):
     """A module with `forward` and `inverse` of two tensors."""
 
     num_streams: ClassVar[int] = 2
-
-
-def _scale_and_shift(stream: Tensor, change: tuple[Tensor, Tensor]) -> Tensor:
-    scale, shift = change
-    return stream * scale + shift
-
-
-def _unscale_and_unshift(stream: Tensor, change: tuple[Tensor, Tensor]) -> Tensor:
-    scale, shift = change
-    return (stream - shift) / scale

@@ -93,11 +93,17 @@ class Coupling(ReversibleOperator):
     """
 
     num_streams: ClassVar[int] = 2
+    branch_names: ClassVar[tuple[str, str]] = ("f", "g")
+    """Under which names the branches are registered."""
+    grid: float | None = None
+    """To whose multiples halves and changes are rounded, if to any."""
+    f: nn.Module
+    g: nn.Module
 
     def __init__(self, f: nn.Module, g: nn.Module) -> None:
         super().__init__()
-        self.f = f
-        self.g = g
+        for name, branch in zip(self.branch_names, (f, g), strict=True):
+            self.add_module(name, branch)
 
     @abc.abstractmethod
     def combine(self, stream: Tensor, change: Any) -> Tensor:
@@ -108,18 +114,24 @@ class Coupling(ReversibleOperator):
         """The half before `combine` changed it."""
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        y1 = self.combine(x1, self.f(x2))
-        return y1, self.combine(x2, self.g(y1))
+        f, g = self._branches()
+        y1 = self.combine(x1, f(x2))
+        return y1, self.combine(x2, g(y1))
 
     def inverse(self, y1: Tensor, y2: Tensor) -> tuple[Tensor, Tensor]:
-        x2 = self.uncombine(y2, self.g(y1))
-        return self.uncombine(y1, self.f(x2)), x2
+        f, g = self._branches()
+        x2 = self.uncombine(y2, g(y1))
+        return self.uncombine(y1, f(x2)), x2
 
     def operators(self, name: str) -> tuple[Operator, ...]:
         return tuple(
-            Half(name, self, branch, changed=changed, combine=self.combine, uncombine=self.uncombine)
-            for changed, branch in enumerate(("f", "g"))
+            Half(name, self, branch, changed=changed, combine=self.combine, uncombine=self.uncombine, grid=self.grid)
+            for changed, branch in enumerate(self.branch_names)
         )
+
+    def _branches(self) -> tuple[nn.Module, nn.Module]:
+        f, g = (getattr(self, name) for name in self.branch_names)
+        return f, g
 
 
 class AdditiveCoupling(Coupling):
@@ -150,12 +162,6 @@ class AdditiveCoupling(Coupling):
 
     def uncombine(self, stream: Tensor, change: Tensor) -> Tensor:
         return stream - change if self.grid is None else subtract(stream, change, self.grid)
-
-    def operators(self, name: str) -> tuple[Operator, ...]:
-        return tuple(
-            Half(name, self, branch, changed=changed, combine=self.combine, uncombine=self.uncombine, grid=self.grid)
-            for changed, branch in enumerate(("f", "g"))
-        )
 
     def extra_repr(self) -> str:
         return "" if self.grid is None else f"grid={self.grid:g}"
