@@ -57,6 +57,8 @@ class Pause(enum.Enum):
     REGROUP = "all ranks know of another group to form"
 
 
+_UNKNOWN = -1
+"""Saved last, after the ranks have changed: they must agree on whether a checkpoint is due, and not all know."""
 _KEPT_REPORTS = 64
 """Steps that a rank can report once more: the last ones of a rank that is lost may not have arrived."""
 
@@ -79,7 +81,7 @@ class Loop:
         """Steps taken by the run so far."""
         self.shares = first
         self._group = group
-        self._saved_step = step
+        self._saved_step = step if group == 0 else _UNKNOWN
         self._reports: deque[StepReport] = deque(maxlen=_KEPT_REPORTS)
         self._version = trained.planner.version
         self.plan = self._make_plan(reason=first.reason)
@@ -127,6 +129,7 @@ class Loop:
         was_first = self.rank == 0
         self.rank = order.rendezvous.rank
         self.step = step
+        self._saved_step = _UNKNOWN
         self._reports = deque(reports, maxlen=_KEPT_REPORTS)
         self.shares = order.shares
         self._adopt_plan(self._make_plan(reason=order.shares.reason))
