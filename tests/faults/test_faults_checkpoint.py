@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harm import Harm, assert_nothing_was_lost, run, signals
 from replicas import Outcome, assert_no_failure, run_config, run_replicas
 from runs import Watcher, settings
 from test_training_replicas import largest_difference, train_alone
@@ -100,6 +101,24 @@ def test_a_run_directory_on_a_full_disk_gets_every_line_once_there_is_room(small
     assert "checkpoint-failed" in kinds
     assert kinds[-2:] == ["checkpoint", "end"]
     assert newest_whole(folder / "run" / "checkpoints").checkpoint.step == 12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("running_ray")
+def test_the_next_rank_0_saves_on_and_newcomers_save_along(
+    unharmed: Callable[[int], dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    steps = 300
+    harm = Harm(20, signals("cpu-0"))
+    result = run(tmp_path / "run", harm, epochs=None, steps=steps, checkpoint={"every_steps": 1, "keep": 3})
+    assert harm.groups == [["cpu-1", "cpu-2"], ["cpu-1", "cpu-2", "cpu-0"]]
+    assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
+    untold = set(range(1, steps + 1)) - {event["saved_step"] for event in harm.kinds("checkpoint")}
+    assert all(15 <= step <= 25 for step in untold)  # what the killed rank was writing or had not yet told
+    found = checkpoints(tmp_path / "run" / "checkpoints")
+    assert [one.step for one in found] == [298, 299, 300]
+    assert all(one.verify() for one in found)
 
 
 LIMITED = """
