@@ -31,6 +31,7 @@ class ShareKeeper:
         self._curves: dict[int, StepTimeCurve] = {}
         self._inverted: dict[int, StepTimeCurve] = {}
         self._factors: dict[int, float] = {}
+        self._known: dict[StepTimeCurve, StepTimeCurve] = {}
         self._times: dict[int, deque[float]] = {}
         self.shares: Shares | None = None
         """None before every member's first curve."""
@@ -40,9 +41,7 @@ class ShareKeeper:
 
         The first shares wait for every member, but not for the solver: they are equal, unless they can never change.
         """
-        self._curves[member] = report.curve
-        if report.inverted is not None:
-            self._inverted[member] = report.inverted
+        self._keep(member, report)
         if member not in self._members:
             return None
         self._times.clear()
@@ -62,9 +61,7 @@ class ShareKeeper:
         """Go on from what another keeper published. curves: the last that each member reported."""
         self.shares = shares
         for member, report in curves.items():
-            self._curves[member] = report.curve
-            if report.inverted is not None:
-                self._inverted[member] = report.inverted
+            self._keep(member, report)
 
     def regroup(self, members: Sequence[int], *, reason: str) -> Shares:
         """Shares of another group, in the order of its ranks. Every member's curve is known."""
@@ -133,7 +130,18 @@ class ShareKeeper:
 
     def _corrected(self) -> list[StepTimeCurve]:
         """Curves as measured steps say they are: a profile cannot know of a neighbour that came later."""
-        return [self._curves[member].scaled(self._factors.get(member, 1.0)) for member in self._members]
+        corrected: dict[tuple[int, float], StepTimeCurve] = {}
+        for member in self._members:
+            curve, factor = self._curves[member], self._factors.get(member, 1.0)
+            if (id(curve), factor) not in corrected:
+                corrected[id(curve), factor] = curve if factor == 1.0 else curve.scaled(factor)
+        return [corrected[id(self._curves[member]), self._factors.get(member, 1.0)] for member in self._members]
+
+    def _keep(self, member: int, report: CurveReport) -> None:
+        """Take a member's curves. Equal ones are kept as one object, which the split counts as one."""
+        self._curves[member] = self._known.setdefault(report.curve, report.curve)
+        if report.inverted is not None:
+            self._inverted[member] = self._known.setdefault(report.inverted, report.inverted)
 
     def _publish(self, by_rank: tuple[int, ...], *, reason: str) -> Shares:
         generation = 0 if self.shares is None else self.shares.generation + 1
