@@ -6,10 +6,11 @@ CONFIG ?= configs/digits-revnet-2cpu.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_VENV := .venv-bench
+FAULTS_VENV := .venv-bench-faults
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all check format bench bench-faults clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -36,8 +37,11 @@ format: $(VENV)/.dev ## Format the code and apply the fixes that are safe
 bench: $(BENCH_VENV)/.installed ## Compare with other reversible libraries, installed into .venv-bench
 	$(BENCH_VENV)/bin/python benchmarks/reversible.py
 
-clean: ## Remove .venv, .venv-bench and every cache; runs/ stays
-	rm -rf $(VENV) $(BENCH_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+bench-faults: $(FAULTS_VENV)/.installed ## Compare what faults cost with other launchers, in .venv-bench-faults
+	$(FAULTS_VENV)/bin/python benchmarks/faults.py
+
+clean: ## Remove the environments and every cache; runs/ stays
+	rm -rf $(VENV) $(BENCH_VENV) $(FAULTS_VENV) dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find revdist tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/python:
@@ -62,4 +66,11 @@ $(BENCH_VENV)/.installed: pyproject.toml constraints.txt benchmarks/peers/requir
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e . -r benchmarks/peers/requirements.txt
+	@touch $@
+
+$(FAULTS_VENV)/.installed: pyproject.toml constraints.txt benchmarks/recovery/requirements.txt
+	@echo "Installing revdist and the launchers it is compared with into $(FAULTS_VENV) ..."
+	$(PYTHON) -m venv $(FAULTS_VENV)
+	$(FAULTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[data]' -r benchmarks/recovery/requirements.txt
 	@touch $@
