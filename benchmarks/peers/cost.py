@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -96,9 +97,9 @@ def measure(
     """Costs of all cases, the first of which is plain autograd. Calls `done` after each step."""
     samples = {case.key: _Samples() for case in cases}
     images = batch()
+    draw = random.Random(0)
     for round_number in range(rounds + 1):
-        turn = round_number % len(cases)
-        for case in [*cases[turn:], *cases[:turn]]:  # nobody always runs after the same one
+        for case in draw.sample(cases, len(cases)):  # nobody always runs after the same one
             _step(case, images, meter, samples[case.key], warm_up=round_number == 0)
             done()
     plain = samples[cases[0].key]

@@ -7,6 +7,7 @@ checkpoint planners run on torch.utils.checkpoint, nested where the plan is. All
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 import tempfile
 import time
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.heap import keep_freed_memory
 from benchmarks.planners.checkpointing import CheckpointPlanner, EverySquareRoot, Plan, Rotor
 from benchmarks.planners.families import Chain
 from benchmarks.planners.plan_runner import PlanRunner, save_all
@@ -104,6 +106,7 @@ class _Variant:
 def execute(rounds: int, say: Callable[[str], None], *, compiled: bool = False) -> list[Execution]:
     """Every planner's plans on every network. compiled: torch.compile's beside them, some 100 s each."""
     found: list[Execution] = []
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         device = open_device(name="executed", capacity_bytes=CAPACITY_BYTES, directory=folder)
         device.activate()
@@ -140,9 +143,10 @@ class _Subject:
         for share in COMPILED_SHARES if compiled else ():
             self.say(f"{self.name}: compile for {share}")
             self.variants[COMPILED, share] = _Variant(self._compiled(share))
+        draw = random.Random(0)
         for number in range(rounds + 1):
             self.say(f"{self.name}: round {number} of {rounds}")
-            for variant in self.variants.values():
+            for variant in draw.sample(list(self.variants.values()), len(self.variants)):
                 self._measure(variant, warm_up=number == 0)
         return self._executions(asked, compiled)
 

@@ -40,6 +40,9 @@ Progress = Callable[[int, int], None]
 _FRUGAL = (Mode.INVERT, Mode.OFFLOAD, Mode.RECOMPUTE, Mode.SAVE)
 """The modes, what holds least first."""
 
+_TURNS = 2
+"""How often every schedule has its turn to be timed, so that a machine that slows down does so for all."""
+
 Modes = tuple[Mode, ...]
 
 
@@ -84,18 +87,18 @@ class _Profiler:
         self._held: dict[int, Held] = {}
         self._observations: list[Observation] = []
         self._num_done = 0
-        self._num_expected = 8 + 4 * repeats
+        self._num_expected = 8 + 4 * (repeats + _TURNS)
 
     def profile(self) -> Profile:
         self._observe(self._frugal)
         self._observations.clear()  # what libraries allocate once, and the time it takes, is no part of a step
-        schedules = dict.fromkeys((self._frugal, *self._fitting_schedules()))
-        self._num_expected = self._num_done + self._repeats * len(schedules) + 1
-        num_warm_up = len(self._observations)
-        for _ in range(self._repeats):
+        schedules = tuple(dict.fromkeys((self._frugal, *self._fitting_schedules())))
+        num_turns = min(_TURNS, self._repeats)
+        self._num_expected = self._num_done + (self._repeats + num_turns) * len(schedules) + 1
+        timed: list[Observation] = []
+        for turn in range(num_turns):
             for schedule in schedules:
-                self._observe(schedule)
-        timed = self._observations[num_warm_up:]
+                timed += self._time(schedule, len(range(turn, self._repeats, num_turns)))
         found = reconstructions(self._work.chain, self._chain_inputs())
         self._count(1)
         return self._derive(timed, found)
@@ -162,6 +165,12 @@ class _Profiler:
                 self._held[index] = held
             else:
                 self._held.setdefault(index, held)
+
+    def _time(self, schedule: Modes, num_steps: int) -> list[Observation]:
+        """Steps in a row, as in training; one before them brings back the memory that another schedule let go."""
+        for _ in range(1 + num_steps):
+            self._observe(schedule)
+        return self._observations[-num_steps:]
 
     def _observe(self, schedule: Modes) -> None:
         self._observations.append(observe_step(self._work, schedule))
