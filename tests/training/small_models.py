@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -164,3 +165,10 @@ class Disconnection(nn.Module):
                 (group,) = [found for found in gc.get_objects() if isinstance(found, Group)]
                 group._shut_down()
         return x
+
+
+def poisoned_images(samples: Sequence[int], **kwargs: int) -> tuple[Images, Images]:
+    """The images, of which those training samples make the loss NaN."""
+    train, test = images(**kwargs)
+    train.images[list(samples)] = float("nan")
+    return train, test

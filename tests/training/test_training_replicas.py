@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from revdist.training.reports import EndReport, EventReport, PlanReport
 pytestmark = pytest.mark.usefixtures("devices_folder")
 
 
-def train_alone(config: RunConfig, *, dtype: torch.dtype, **model: Any) -> dict[str, torch.Tensor]:
-    """The whole run in one process, written as anyone would: final parameters by name."""
+def train_alone(
+    config: RunConfig, *, dtype: torch.dtype, left_out: Collection[int] = (), **model: Any
+) -> dict[str, torch.Tensor]:
+    """The whole run in one process, written as anyone would: final parameters by name. left_out: steps not taken."""
     torch.manual_seed(config.seed)
     network = classifier(**model).to(dtype)
     optimizer = torch.optim.SGD(network.parameters(), **config.optimizer.kwargs)
@@ -29,6 +31,8 @@ def train_alone(config: RunConfig, *, dtype: torch.dtype, **model: Any) -> dict[
     order = DataOrder(num_samples=len(train), global_batch=config.global_batch, seed=config.seed)
     num_steps = order.num_steps(epochs=config.epochs, steps=config.steps)
     for step in range(num_steps):
+        if step in left_out:
+            continue
         inputs, target = fetch(train, order.batch(step))
         optimizer.zero_grad()
         F.cross_entropy(network(inputs.to(dtype)), target).backward()
