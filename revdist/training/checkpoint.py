@@ -33,7 +33,7 @@ def save(
     progress: Progress,
     documents: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """Write a checkpoint.
+    """Write a checkpoint, in place of what writers that died have left unfinished.
 
     state: tensors on the CPU, each with a storage of its own
     documents: further files, by name
@@ -44,6 +44,8 @@ def save(
     name = checkpoint_name(progress.step)
     part: str | None = None
     try:
+        for leftover in folder.leftovers():
+            folder.remove(leftover)
         part = folder.start(name)
         _write(folder, part, state, progress, documents or {})
         folder.publish(part, name)

@@ -181,7 +181,7 @@ def newest_whole(place: Place | Folder) -> Whole:
 
 
 def prune(folder: Folder, *, step: int, keep: int, keep_every_steps: int | None) -> None:
-    """Remove what the policy does not keep, and what writers before this one have left unfinished.
+    """Remove what the policy does not keep.
 
     Only checkpoints up to `step`, the one just written, count: a later one is torn, or this run would
     have gone on from there, and must not take the place of a good one.
@@ -190,8 +190,6 @@ def prune(folder: Folder, *, step: int, keep: int, keep_every_steps: int | None)
     for checkpoint in old:
         if keep_every_steps is None or checkpoint.step % keep_every_steps:
             folder.remove(checkpoint.name)
-    for name in folder.leftovers():
-        folder.remove(name)
 
 
 def profiles_to_json(profiles: Sequence[Profile]) -> str:

@@ -159,7 +159,6 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_goes_away(tmp_path: Path
     (tmp_path / part / "progress.json").write_text("half")
     assert newest_whole(folder).checkpoint.step == 1
     save(folder, 2)
-    prune(folder, step=2, keep=2, keep_every_steps=None)
     assert folder.names() == ["step-000000001", "step-000000002"]
 
 
