@@ -17,15 +17,17 @@ import dataclasses
 import functools
 import json
 from collections.abc import Collection, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from revdist.errors import BudgetTooSmall, InvalidCosts
 from revdist.planning.costs import Mode, Profile, Schedule
-from revdist.planning.frontier import Frontier, solve
 from revdist.planning.interpolation import interpolate, neighbours, ordered_profiles
+
+if TYPE_CHECKING:
+    from revdist.planning.frontier import Frontier
 
 __all__ = ["BatchChoice", "Cut", "StepTimeCurve", "candidates", "interpolate", "micro_batch_sizes", "step_time_curve"]
 
@@ -203,6 +205,9 @@ class _Table:
     def solved(self, micro_batch: int) -> tuple[Profile, Frontier]:
         if micro_batch not in self._solved:
             profile = interpolate(self.profiles, micro_batch)
+            # Loaded by the first that solves: a run takes its first steps before that.
+            from revdist.planning.frontier import solve
+
             self._solved[micro_batch] = profile, solve(profile, guarantee=self.guarantee, modes=self.modes)
         return self._solved[micro_batch]
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from revdist.errors import BatchTooSmall, UsageError
-from revdist.planning import kernels
 from revdist.planning.batch import StepTimeCurve
-from revdist.planning.kernels import Ints
+
+if TYPE_CHECKING:
+    from revdist.planning.kernels import Ints
 
 
 def split(curves: Sequence[StepTimeCurve], global_batch: int) -> tuple[int, ...]:
@@ -88,6 +90,8 @@ def _narrow(unique: list[StepTimeCurve], counts: Ints, low: Ints, high: Ints, gl
     Under the lower threshold the replicas take less than the batch, or one sample each; under the
     upper one they take the whole batch or more.
     """
+    from revdist.planning import kernels  # compiled code, which equal shares do without
+
     cuts = [cut for curve in unique for cut in curve.cuts]
     lengths = np.array([len(curve.cuts) for curve in unique], np.int64)
     micro_batch = np.array([cut.micro_batch for cut in cuts], np.int64)
