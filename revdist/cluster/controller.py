@@ -7,24 +7,22 @@ themselves, at the same step. It runs in the driver's thread and calls the obser
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 from revdist.cluster.crew import Crew
-from revdist.cluster.failures import Failure, describe, first_failure, is_survivable, run_failed, what_failed
+from revdist.cluster.failures import Failure, first_failure, run_failed
 from revdist.cluster.fleet import Lost
 from revdist.cluster.logs import LogGatherer
+from revdist.cluster.mending import Mender
 from revdist.cluster.observer import Observer
 from revdist.cluster.records import device_records, event_record, replan_record, run_event, step_record, summary_record
-from revdist.cluster.recruiting import Recruiter
 from revdist.cluster.rehearsal import Rehearsal
 from revdist.cluster.shares import ShareKeeper
 from revdist.cluster.takeover import last_step
 from revdist.config import RunConfig
-from revdist.devices.reading import Reading
 from revdist.errors import Preempted
 from revdist.planning.costs import Plan
 from revdist.training.checkpoint_files import checkpoints
@@ -46,8 +44,6 @@ from revdist.training.run_directory import RunWriter
 _TICK_S = 0.1
 _GATHER_S = 2.0
 """After a failure, time for other ranks to say what they saw: the first to speak need not be the first to fail."""
-_SETTLE_S = 1.0
-"""Beyond the heartbeat: where a group broke and nobody was found to be lost by then, nobody is."""
 _SAVE_S = 120.0
 """Time for ranks to reach a step boundary and save once they are told to stop."""
 
@@ -73,21 +69,16 @@ class Controller:
         self._config = config
         self._fleet = crew.fleet
         self._groups = crew.groups
-        self._locations = dict(crew.locations)
-        self._recruiter = Recruiter(config, crew.fleet, crew.places, assign=assign, tell=self._tell)
         self._writer = writer
         self._observer = observer
         self._checkpoint_folder = checkpoint_folder
         self._stop_reason = stop_reason
         self._keeper = ShareKeeper(config, crew.groups.members)
+        self._mender = Mender(config, crew, self._keeper, assign=assign, event=self._event)
         self._logs = LogGatherer(observer)
         self._rehearsal = Rehearsal(config.co_tenants, crew.locations, crew.fleet)
         self._plans: dict[int, list[PlanReport]] = defaultdict(list)
         self._ended: dict[int, EndReport] = {}
-        self._failures: dict[int, Failure] = {}
-        self._lost: set[int] = set()
-        self._joining: list[int] = []
-        self._broken_s: float | None = None
         self._early_events: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
         self._num_steps = 0
@@ -116,9 +107,7 @@ class Controller:
         while not self._is_over:
             for member, said in self._fleet.reports(_TICK_S):
                 self._take(member, said)
-            self._listen()
-            self._mend()
-            self._grow()
+            self._keep_whole()
             self._stop_if_asked()
         if any(report.stopped for report in self._ended.values()):
             self._preempt()
@@ -132,12 +121,23 @@ class Controller:
     @property
     def _is_over(self) -> bool:
         """Whether every member that is left has come to its end."""
-        left = [member for member in self._groups.members if member not in self._lost]
+        left = self._mender.left
         return bool(left) and all(member in self._ended for member in left)
+
+    def _keep_whole(self) -> None:
+        """See to it that there is a group that can take the next step."""
+        if self._last is not None:  # before the first step ranks may be busy loading
+            self._mender.find_silent(self._ended)
+        failed = bool(self._mender.failures)
+        if failed and (not self.started or self._mender.is_beyond_mending(self._ended)):
+            self._fail()
+        self._mender.mend(self._ended)
+        if self.started and not self._ended and self._stop_by_s is None:
+            self._mender.grow()
 
     def _take(self, member: int, said: Sequence[Report] | Lost) -> None:
         if isinstance(said, Lost):
-            self._take_failure(member, said)
+            self._mender.take_failure(member, said, ended=self._ended)
             self._logs.lost(member, self._groups.rank_of(member))
             return
         for report in said:
@@ -146,13 +146,6 @@ class Controller:
             self._take_report(member, report)
             if isinstance(report, EndReport | FailureReport):
                 self._fleet.dismiss(member)
-
-    def _take_failure(self, member: int, failure: Failure) -> None:
-        if self._recruiter.is_newcomer(member):
-            self._recruiter.fail(member, what_failed(failure))
-        elif member in self._groups.members and member not in self._ended:
-            rank = self._groups.rank_of(member)
-            self._failures.setdefault(member, dataclasses.replace(failure, rank=rank))
 
     def _take_report(self, member: int, report: Report) -> None:
         match report:
@@ -163,7 +156,7 @@ class Controller:
             case CurveReport():
                 self._take_curve(member, report)
             case BrokenReport():
-                self._take_broken(report)
+                self._mender.take_broken(report)
             case EventReport():
                 self._event(event_record(report))
             case ProfileReport():
@@ -171,13 +164,14 @@ class Controller:
             case EndReport():
                 self._ended[member] = report
             case FailureReport():
-                self._take_failure(member, report)
+                self._mender.take_failure(member, report, ended=self._ended)
 
     def _take_step(self, report: StepReport) -> None:
         if report.step <= self._step:  # a new first rank reports once more what may not have arrived
             return
-        if self._groups.entered(report.group):
-            self._entered(report)
+        devices = self._mender.take_step(report)
+        if devices is not None:
+            self._observer.on_regroup(devices)
         members = self._groups.members_of(report.group)
         self._last = step_record(report, [self._plans[member] for member in members])
         self._writer.metrics(self._last)
@@ -199,16 +193,10 @@ class Controller:
 
     def _take_curve(self, member: int, report: CurveReport) -> None:
         self._num_steps = report.num_steps
-        if self._recruiter.is_newcomer(member):
-            self._recruiter.is_ready(member)
+        self._mender.take_curve(member)
         shares = self._keeper.take_curve(member, report)
         if not self._groups.pending:
             self._publish(shares)
-
-    def _take_broken(self, report: BrokenReport) -> None:
-        """A rank's group broke: if nobody turns out to be lost, the same ranks form another one."""
-        if report.group == self._groups.number and self._broken_s is None:
-            self._broken_s = time.monotonic()
 
     def _publish(self, shares: Shares | None) -> None:
         if shares is None:
@@ -227,11 +215,8 @@ class Controller:
             self._writer.event(event)
         divided = " + ".join(str(share) for share in shares.by_rank)
         detail = f"{len(self._groups.members)} replicas, {self._num_steps} steps, shares {divided}"
-        devices = device_records(self._readings)
+        devices = device_records(self._mender.readings)
         self._event(run_event("start", self._step, detail, num_steps=self._num_steps, devices=devices))
-
-    def _tell(self, trouble: str) -> None:
-        self._event(run_event("lost", self._step, trouble))
 
     def _take_over(self, crew: Crew) -> None:
         """Go on where another supervisor was killed: members tell what it knew, the run directory what it wrote."""
@@ -250,7 +235,7 @@ class Controller:
         if crew.is_whole:
             self._fleet.adopt(crew.shares, crew.groups.members)  # not everyone need have received them
         else:
-            self._regroup(list(crew.standings), reason="lost", orderly=False)
+            self._mender.regroup(list(crew.standings), reason="lost", orderly=False)
 
     def _event(self, record: dict[str, Any]) -> None:
         self._observer.on_event(record)
@@ -290,115 +275,16 @@ class Controller:
             step=self._step,
         )
 
-    @property
-    def _readings(self) -> list[Reading]:
-        """The devices of the group, in rank order."""
-        return [self._locations[member].reading for member in self._groups.members]
-
-    def _listen(self) -> None:
-        """Count members that do not answer as lost. Before the first step they may be busy loading."""
-        if not self.started or self._last is None:
-            return
-        heartbeat_s = self._config.faults.heartbeat_s
-        watched = [m for m in self._groups.members if m not in self._ended and m not in self._failures]
-        for member in self._fleet.silent(watched, heartbeat_s):
-            self._take(member, Lost(member, f"it did not answer for {heartbeat_s:.1f} s"))
-
-    def _mend(self) -> None:
-        """Let the members that are left form another group where some are lost, or where theirs broke."""
-        losses = {member: failure for member, failure in self._failures.items() if member not in self._lost}
-        left = [m for m in self._groups.members if m not in self._failures and m not in self._ended]
-        if losses:
-            if not self.started or not all(is_survivable(failure) for failure in losses.values()):
-                self._fail()
-            if not left and not self._ended:
-                self._fail()
-            for member, failure in losses.items():
-                self._lose(member, failure)
-            if len(left) < self._config.workers.min:
-                self._fail()
-        elif self._broken_s is None or time.monotonic() - self._broken_s < self._config.faults.heartbeat_s + _SETTLE_S:
-            return
-        if left:
-            self._regroup(left, reason="lost", orderly=False)
-
-    def _lose(self, member: int, failure: Failure) -> None:
-        self._lost.add(member)
-        location = self._locations[member]
-        replaced = self._recruiter.lose(member)
-        after = (
-            "it is replaced once a device is free"
-            if replaced
-            else "it is not replaced: workers.max_restarts is used up"
-        )
-        self._event(
-            run_event(
-                "lost",
-                self._step,
-                f"{describe(failure, location)}; the others go on, {after}",
-                rank=failure.rank,
-                device=location.reading.uuid,
-            )
-        )
-        self._fleet.forget(member)
-
-    def _grow(self) -> None:
-        """Let newcomers that are ready join, once the group has settled."""
-        if not self.started or self._ended or self._stop_by_s is not None:
-            return
-        ready = self._recruiter.advance()
-        self._locations.update(ready)
-        self._joining.extend(ready)
-        if self._joining and not self._groups.pending and not self._failures.keys() - self._lost:
-            joining, self._joining = self._joining, []
-            self._regroup([*self._groups.members, *joining], reason="joined", orderly=True)
-
-    def _regroup(self, members: Sequence[int], *, reason: str, orderly: bool) -> None:
-        """Order members to form the next group, with shares for it."""
-        self._broken_s = None
-        shares = self._keeper.regroup(members, reason=reason)
-        locations = [self._locations[member] for member in members]
-        self._fleet.regroup(self._groups.order(members, locations, shares, orderly=orderly))
-
-    def _entered(self, report: StepReport) -> None:
-        """A group has taken its first step."""
-        before, now = self._groups.members_of(report.group - 1), self._groups.members_of(report.group)
-        self._observer.on_regroup([self._locations[member].reading for member in now])
-        for member in now:
-            if member not in before:
-                location = self._locations[member]
-                where = f"{location.reading.name} on {location.host}, process {location.pid}"
-                self._event(
-                    run_event(
-                        "joined",
-                        report.step - 1,
-                        where,
-                        rank=now.index(member),
-                        device=location.reading.uuid,
-                    )
-                )
-        divided = " + ".join(str(row.share) for row in report.rows)
-        self._event(
-            run_event(
-                "regroup",
-                report.step - 1,
-                f"{len(now)} replicas, shares {divided}, {report.pause_s:.2f} s of pause",
-                group=report.group,
-                pause_s=report.pause_s,
-                devices=device_records([self._locations[member].reading for member in now]),
-            )
-        )
-
     def _fail(self) -> None:
         """Let the other ranks say what they saw, then raise what happened first."""
         until_s = time.monotonic() + _GATHER_S
-        members = self._groups.members
-        while len(self._failures) < len(members) and time.monotonic() < until_s and self._others_follow():
+        while self._mender.left and time.monotonic() < until_s and _all_follow(self._mender.failures.values()):
             for member, said in self._fleet.reports(_TICK_S):
                 self._take(member, said)
-        failure = first_failure(list(self._failures.values()))
-        (member,) = [one for one, other in self._failures.items() if other is failure]
-        location = self._locations[member]
+        failures = self._mender.failures
+        failure = first_failure(list(failures.values()))
+        (member,) = [one for one, other in failures.items() if other is failure]
+        location = self._mender.location(member)
         error = run_failed(
             failure,
             location,
@@ -408,10 +294,6 @@ class Controller:
         )
         self._event(run_event("failed", self._step, error.message, rank=failure.rank, device=location.reading.uuid))
         raise error
-
-    def _others_follow(self) -> bool:
-        """Whether all failures so far follow from one that has not been told yet."""
-        return all(isinstance(failure, FailureReport) and failure.follows for failure in self._failures.values())
 
     def _finish(self) -> dict[str, Any]:
         summary = summary_record(
@@ -428,3 +310,8 @@ class Controller:
         self._writer.summary(summary)
         self._observer.on_end(summary)
         return summary
+
+
+def _all_follow(failures: Iterable[Failure]) -> bool:
+    """Whether all failures so far follow from one that has not been told yet."""
+    return all(isinstance(failure, FailureReport) and failure.follows for failure in failures)

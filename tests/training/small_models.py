@@ -66,7 +66,7 @@ class Shortage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The profiler's passes do not count: the group is formed after it.
-        if "WORLD_SIZE" not in os.environ or not torch.is_grad_enabled():
+        if not torch.distributed.is_initialized() or not torch.is_grad_enabled():
             return x
         self.count += 1
         fails = self.count in self.passes and int(os.environ["RANK"]) == self.rank
@@ -155,7 +155,7 @@ class Disconnection(nn.Module):
         self.count = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if "WORLD_SIZE" in os.environ and torch.is_grad_enabled():
+        if torch.distributed.is_initialized() and torch.is_grad_enabled():
             self.count += 1
             if self.count == self.at and int(os.environ["RANK"]) == self.rank:
                 import gc

@@ -1,0 +1,164 @@
+"""Keeping a run's group whole: who is lost leaves it, who is ready joins it, and what broke is formed anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, final
+
+from revdist.cluster.actor import Location
+from revdist.cluster.crew import Crew
+from revdist.cluster.failures import Failure, describe, is_survivable, what_failed
+from revdist.cluster.fleet import Lost
+from revdist.cluster.records import device_records, run_event
+from revdist.cluster.recruiting import Recruiter
+from revdist.cluster.shares import ShareKeeper
+from revdist.config import RunConfig
+from revdist.devices.reading import Reading
+from revdist.training.orders import Assignment
+from revdist.training.reports import BrokenReport, StepReport
+
+_SETTLE_S = 1.0
+"""Beyond the heartbeat: where a group broke and nobody was found to be lost by then, nobody is."""
+
+
+@final
+class Mender:
+    """Orders the groups of one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        crew: Crew,
+        keeper: ShareKeeper,
+        *,
+        assign: Callable[[], Assignment],
+        event: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """assign: what a newcomer is to do. event: told what happens."""
+        self._config = config
+        self._fleet = crew.fleet
+        self._groups = crew.groups
+        self._keeper = keeper
+        self._event = event
+        self._locations = dict(crew.locations)
+        self._recruiter = Recruiter(config, crew.fleet, crew.places, assign=assign, tell=self._tell)
+        self._new: dict[int, Failure] = {}
+        self._lost: set[int] = set()
+        self._joining: list[int] = []
+        self._broken_s: float | None = None
+        self._step = 0
+
+    @property
+    def left(self) -> list[int]:
+        """Members of the group that are not known to be lost, in rank order."""
+        return [member for member in self._groups.members if member not in self._lost and member not in self._new]
+
+    @property
+    def failures(self) -> dict[int, Failure]:
+        """What happened to members since the group was last mended."""
+        return dict(self._new)
+
+    @property
+    def readings(self) -> list[Reading]:
+        """The devices of the group, in rank order."""
+        return self._readings(self._groups.members)
+
+    def location(self, member: int) -> Location:
+        return self._locations[member]
+
+    def take_failure(self, member: int, failure: Failure, *, ended: Collection[int]) -> None:
+        """A member, or a newcomer, is lost. ended: members that have come to their end, whose loss is none."""
+        if self._recruiter.is_newcomer(member):
+            self._recruiter.fail(member, what_failed(failure))
+        elif member in self._groups.members and member not in ended and member not in self._lost:
+            self._new.setdefault(member, dataclasses.replace(failure, rank=self._groups.rank_of(member)))
+
+    def take_broken(self, report: BrokenReport) -> None:
+        """A rank's group broke: if nobody turns out to be lost, the same ranks form another one."""
+        if report.group == self._groups.number and self._broken_s is None:
+            self._broken_s = time.monotonic()
+
+    def take_curve(self, member: int) -> None:
+        """A member has reported its curve: a newcomer that has one is ready."""
+        if self._recruiter.is_newcomer(member):
+            self._recruiter.is_ready(member)
+
+    def take_step(self, report: StepReport) -> list[Reading] | None:
+        """A step was taken. The devices of the group where it is its first, else None."""
+        self._step = report.step
+        if not self._groups.entered(report.group):
+            return None
+        before, now = self._groups.members_of(report.group - 1), self._groups.members_of(report.group)
+        for member in now:
+            if member not in before:
+                self._event(self._joined(member, rank=now.index(member)))
+        divided = " + ".join(str(row.share) for row in report.rows)
+        detail = f"{len(now)} replicas, shares {divided}, {report.pause_s:.2f} s of pause"
+        devices = device_records(self._readings(now))
+        facts = {"group": report.group, "pause_s": report.pause_s, "devices": devices}
+        self._event(run_event("regroup", report.step - 1, detail, **facts))
+        return self._readings(now)
+
+    def find_silent(self, ended: Collection[int]) -> None:
+        """Count members that do not answer as lost."""
+        heartbeat_s = self._config.faults.heartbeat_s
+        watched = [member for member in self.left if member not in ended]
+        for member in self._fleet.silent(watched, heartbeat_s):
+            self.take_failure(member, Lost(member, f"it did not answer for {heartbeat_s:.1f} s"), ended=ended)
+
+    def is_beyond_mending(self, ended: Collection[int]) -> bool:
+        """Whether failures are of a kind that all ranks meet alike, or too few members are left."""
+        if not self._new:
+            return False
+        enough = len(self.left) >= max(1, self._config.workers.min)
+        return not enough or not all(is_survivable(failure) for failure in self._new.values())
+
+    def mend(self, ended: Collection[int]) -> None:
+        """Let the members that are left form another group where some are lost, or where theirs broke."""
+        for member, failure in self._new.items():
+            self._lose(member, failure)
+        settled_s = self._config.faults.heartbeat_s + _SETTLE_S
+        is_broken = self._broken_s is not None and time.monotonic() - self._broken_s > settled_s
+        if self._new or is_broken:
+            self._new.clear()
+            left = [member for member in self.left if member not in ended]
+            if left:
+                self.regroup(left, reason="lost", orderly=False)
+
+    def grow(self) -> None:
+        """Let newcomers that are ready join, once the group has settled."""
+        ready = self._recruiter.advance()
+        self._locations.update(ready)
+        self._joining.extend(ready)
+        if self._joining and not self._groups.pending and not self._new:
+            joining, self._joining = self._joining, []
+            self.regroup([*self._groups.members, *joining], reason="joined", orderly=True)
+
+    def regroup(self, members: Sequence[int], *, reason: str, orderly: bool) -> None:
+        """Order members to form the next group, with shares for it."""
+        self._broken_s = None
+        shares = self._keeper.regroup(members, reason=reason)
+        locations = [self._locations[member] for member in members]
+        self._fleet.regroup(self._groups.order(members, locations, shares, orderly=orderly))
+
+    def _readings(self, members: Sequence[int]) -> list[Reading]:
+        return [self._locations[member].reading for member in members]
+
+    def _lose(self, member: int, failure: Failure) -> None:
+        self._lost.add(member)
+        location = self._locations[member]
+        replaced = self._recruiter.lose(member)
+        then = "once a device is free, it is replaced" if replaced else "it is not replaced: see workers.max_restarts"
+        detail = f"{describe(failure, location)}; the others go on; {then}"
+        self._event(run_event("lost", self._step, detail, rank=failure.rank, device=location.reading.uuid))
+        self._fleet.forget(member)
+
+    def _joined(self, member: int, *, rank: int) -> dict[str, Any]:
+        location = self._locations[member]
+        where = f"{location.reading.name} on {location.host}, process {location.pid}"
+        return run_event("joined", self._step - 1, where, rank=rank, device=location.reading.uuid)
+
+    def _tell(self, trouble: str) -> None:
+        self._event(run_event("lost", self._step, trouble))
