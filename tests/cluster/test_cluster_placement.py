@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 from runs import settings
 
-from revdist.cluster.placement import Host, place
+from revdist.cluster.placement import Host, Place, place, place_another
 from revdist.config import RunConfig
 from revdist.errors import BatchTooSmall, NoFreeDevice
 
@@ -74,3 +75,47 @@ def test_the_number_of_replicas_can_be_limited() -> None:
 def test_a_batch_must_give_every_replica_a_sample() -> None:
     with pytest.raises(BatchTooSmall):
         placed([host(0)], global_batch=1)
+
+
+THREE = [{"kind": "cpu", "name": f"cpu-{number}", "capacity": "1MiB"} for number in range(3)]
+
+
+def another(hosts: list[Host], taken: list[Place], lost: list[Place], **changes: Any) -> tuple[str, str] | None:
+    config = RunConfig.from_mapping(settings(**changes))
+    found = place_another(config, hosts, taken, lost, rank=-1)
+    return None if found is None else (found.node_id, found.spec.name)
+
+
+def test_listed_devices_beyond_the_most_replicas_are_spares() -> None:
+    assert [name for _, _, name in placed([host(0)], devices=THREE, workers={"max": 2})] == ["cpu-0", "cpu-1"]
+
+
+def test_a_lost_replica_is_replaced_on_its_own_host_before_others() -> None:
+    config = RunConfig.from_mapping(settings(devices=THREE))
+    first, lost, *_ = place(config, [host(0), host(1)])
+    assert another([host(0), host(1)], [first], [lost], devices=THREE) == (lost.node_id, lost.spec.name)
+    elsewhere = [host(2)]
+    assert another(elsewhere, [first], [lost], devices=THREE) == ("node-2", lost.spec.name)
+
+
+def test_no_replica_goes_where_no_core_is_free_or_the_device_has_one() -> None:
+    config = RunConfig.from_mapping(settings(devices=THREE))
+    first, second, third = place(config, [host(0)])
+    assert another([host(0, cpus=0)], [first, second], [third], devices=THREE) is None
+    assert another([host(0)], [first, second, third], [third], devices=THREE) is None
+    assert another([host(0)], [first, second, third], [], devices=THREE) is None
+
+
+def test_a_host_that_joins_is_a_further_device_where_devices_are_automatic() -> None:
+    (first,) = place(RunConfig.from_mapping(settings(devices="auto")), [host(0)])
+    assert another([host(0), host(1)], [first], [], devices="auto") == ("node-1", "cpu-0")
+    assert another([host(0)], [first], [], devices="auto") is None
+    assert another([host(0), host(1)], [first], [], devices=THREE) is None
+
+
+def test_bundles_of_a_placement_group_are_places_of_their_own() -> None:
+    bundles = [dataclasses.replace(host(0, cpus=1), bundle=number) for number in range(2)]
+    places = place(RunConfig.from_mapping(settings(devices="auto")), bundles)
+    assert [(entry.bundle, entry.any_device) for entry in places] == [(0, True), (1, True)]
+    with pytest.raises(NoFreeDevice):
+        place(RunConfig.from_mapping(settings(devices=THREE)), bundles)
