@@ -33,6 +33,8 @@ from revdist.training.state import load_training_state, send_state, training_sta
 
 _PATIENCE_S = 30.0
 """How long a replica that fails waits for a write under way."""
+_SLOW_WRITE_S = 60.0
+"""How long a save waits for the one before it; the other ranks wait for this one, and must not give it up."""
 _GENERATORS_FILE = "generators.json"
 
 TellEvent = Callable[..., None]
@@ -83,13 +85,17 @@ class Saver:
 
         plans: what the ranks run, as far as it is known.
 
-        Returns once the state is copied, and the save before it is over. A save that fails is an event;
-        `finish` raises it if it was the last one. Raises CheckpointError for an optimizer that cannot be saved.
+        Returns once the state is copied, after waiting for the save before it, which takes the place of this one
+        if it takes too long. A save that fails is an event; `finish` raises it if it was the last one.
+        Raises CheckpointError for an optimizer that cannot be saved.
         """
         if rank != 0:
             return
         began_s = time.perf_counter()
-        self._wait()
+        if not self._wait(_SLOW_WRITE_S):
+            waited = f"the one before it is being written for more than {_SLOW_WRITE_S:.0f} s"
+            self._event("checkpoint-failed", f"no checkpoint of step {step}: {waited}; save less often, or elsewhere")
+            return
         live = training_state(parts.model, optimizer)
         progress = Progress(
             step=step,
@@ -143,9 +149,12 @@ class Saver:
         """Wait a while for a write under way, whatever becomes of it: this replica has failed."""
         self._wait(_PATIENCE_S)
 
-    def _wait(self, patience_s: float | None = None) -> None:
-        if self._writing is not None:
-            self._writing.join(patience_s)
+    def _wait(self, patience_s: float | None = None) -> bool:
+        """Wait for a write under way; False where it takes longer."""
+        if self._writing is None:
+            return True
+        self._writing.join(patience_s)
+        return not self._writing.is_alive()
 
     def _documents(self, plans: Sequence[Plan], generators: Mapping[str, Any]) -> dict[str, str]:
         return {

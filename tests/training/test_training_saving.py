@@ -17,6 +17,7 @@ from replicas import run_config
 from revdist.devices.cpu import CpuDevice
 from revdist.errors import CheckpointError
 from revdist.planning.costs import Mode, Option, Profile
+from revdist.training import saving
 from revdist.training.checkpoint import read_state
 from revdist.training.checkpoint_files import checkpoints, newest_whole, read_profiles
 from revdist.training.optimizer import build_optimizer
@@ -112,6 +113,21 @@ def test_the_next_save_waits_for_the_one_before(gated: type[GatedFileSystem], tm
     second.join(60)
     run.saver.finish()
     assert [facts["saved_step"] for _, _, facts in run.events] == [1, 2]
+
+
+def test_a_write_that_never_ends_does_not_hold_up_the_others(
+    gated: type[GatedFileSystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "_SLOW_WRITE_S", 0.1)
+    run = Run(f"gated://{tmp_path}")
+    gated.gate.clear()
+    run.save(1)
+    run.save(2)
+    assert run.kinds == ["checkpoint-failed"]
+    assert "no checkpoint of step 2: the one before it is being written for more than" in run.events[0][1]
+    gated.gate.set()
+    run.saver.finish()
+    assert [found.step for found in checkpoints(f"gated://{tmp_path}")] == [1]
 
 
 def test_a_full_disk_is_an_event_and_the_end_of_the_run_raises_it(gated: type[GatedFileSystem], tmp_path: Path) -> None:
