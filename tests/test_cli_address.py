@@ -85,3 +85,4 @@ def test_without_the_token_nothing_is_told(address: str, environment: dict[str, 
     refused = revdist("devices", "--address", address, env={**environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     assert refused.returncode != 0
     assert "cluster-device" not in refused.stdout
+    assert "refuses the token in RAY_AUTH_TOKEN" in refused.stderr

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from revdist.cluster.address import check_reachable, parse_address
+from revdist.cluster.admission import check_admission
 from revdist.errors import AddressUnreachable
 
 
@@ -103,6 +104,9 @@ def _connect(address: str) -> None:
 
     # `ray start` asks for a token where this machine has one; `ray.init` sends it to `auto` alone.
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    known = _known_address(address)
+    if known is not None:
+        check_admission(known)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
@@ -111,6 +115,15 @@ def _connect(address: str) -> None:
             "or leave --address out for a local cluster",
             address=address,
         ) from error
+
+
+def _known_address(address: str) -> str | None:
+    """`HOST:PORT` where Ray will connect to; None where it does not know any."""
+    if address != "auto":
+        return address
+    from ray._private import services
+
+    return services.canonicalize_bootstrap_address("auto")
 
 
 def _stay_on_loopback_where_ray_does(address: str) -> None:

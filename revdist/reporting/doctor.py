@@ -8,14 +8,15 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from revdist.cluster.doctor import examine_ray
 from revdist.devices.doctor import Finding, examine_machine
 
 MARKS = {"ok": Text("ok", style="green"), "warn": Text("warn", style="yellow"), "fail": Text("FAIL", style="bold red")}
 
 
 def examine(address: str | None) -> list[Finding]:
-    """All checks of this machine, then whether the cluster at `address` answers, where one is given."""
-    findings = examine_machine()
+    """All checks of this machine and its Ray, then whether the cluster at `address` answers, where one is given."""
+    findings = [*examine_machine(), *examine_ray()]
     return findings if address is None else [*findings, _check_cluster(address)]
 
 
