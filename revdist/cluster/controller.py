@@ -121,7 +121,7 @@ class Controller:
     @property
     def _is_over(self) -> bool:
         """Whether every member that is left has come to its end."""
-        left = self._mender.left
+        left = self._mender.holding
         return bool(left) and all(member in self._ended for member in left)
 
     def _keep_whole(self) -> None:
@@ -129,7 +129,7 @@ class Controller:
         if self._last is not None:  # before the first step ranks may be busy loading
             self._mender.find_silent(self._ended)
         failed = bool(self._mender.failures)
-        if failed and (not self.started or self._mender.is_beyond_mending(self._ended)):
+        if failed and (not self.started or self._mender.is_beyond_mending()):
             self._fail()
         self._mender.mend(self._ended)
         if self.started and not self._ended and self._stop_by_s is None:

@@ -44,6 +44,11 @@ class Groups:
         return self._formed[-1]
 
     @property
+    def working(self) -> tuple[int, ...]:
+        """Members of the newest group that has taken a step, or of the first: they hold the state of training."""
+        return self._formed[self._entered]
+
+    @property
     def pending(self) -> bool:
         """Whether the newest group has not taken a step yet."""
         return self._entered < self.number

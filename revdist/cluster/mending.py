@@ -56,6 +56,11 @@ class Mender:
         return [member for member in self._groups.members if member not in self._lost and member not in self._new]
 
     @property
+    def holding(self) -> list[int]:
+        """Those of them that hold the state of training."""
+        return [member for member in self._groups.working if member not in self._lost and member not in self._new]
+
+    @property
     def failures(self) -> dict[int, Failure]:
         """What happened to members since the group was last mended."""
         return dict(self._new)
@@ -88,9 +93,10 @@ class Mender:
     def take_step(self, report: StepReport) -> list[Reading] | None:
         """A step was taken. The devices of the group where it is its first, else None."""
         self._step = report.step
+        before = self._groups.working
         if not self._groups.entered(report.group):
             return None
-        before, now = self._groups.members_of(report.group - 1), self._groups.members_of(report.group)
+        now = self._groups.working
         for member in now:
             if member not in before:
                 self._event(self._joined(member, rank=now.index(member)))
@@ -108,11 +114,11 @@ class Mender:
         for member in self._fleet.silent(watched, heartbeat_s):
             self.take_failure(member, Lost(member, f"it did not answer for {heartbeat_s:.1f} s"), ended=ended)
 
-    def is_beyond_mending(self, ended: Collection[int]) -> bool:
+    def is_beyond_mending(self) -> bool:
         """Whether failures are of a kind that all ranks meet alike, or too few members are left."""
         if not self._new:
             return False
-        enough = len(self.left) >= max(1, self._config.workers.min)
+        enough = self.holding and len(self.left) >= self._config.workers.min
         return not enough or not all(is_survivable(failure) for failure in self._new.values())
 
     def mend(self, ended: Collection[int]) -> None:
@@ -124,7 +130,7 @@ class Mender:
         if self._new or is_broken:
             self._new.clear()
             left = [member for member in self.left if member not in ended]
-            if left:
+            if any(member in self.holding for member in left):  # newcomers alone would begin from nothing
                 self.regroup(left, reason="lost", orderly=False)
 
     def grow(self) -> None:

@@ -107,6 +107,8 @@ class Membership:
         dist.all_reduce(table)
         highest = int(table[:, 0].max())
         source = int(table[:, 0].argmax())
+        if highest == _NEWCOMER:
+            raise RunFailed("no rank of the group has the state of training: go on from a checkpoint with --resume")
         if bool((table == table[source]).all()):
             return step, reports
         history: list[Sequence[StepReport]] = [reports]

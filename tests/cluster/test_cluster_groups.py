@@ -48,7 +48,9 @@ def test_an_order_names_the_next_group_and_members_keep_their_numbers() -> None:
     assert groups.members == (1, 2)
     assert [groups.rank_of(member) for member in (0, 1, 2, 7)] == [0, 0, 1, -1]
     assert groups.pending
+    assert groups.working == (0, 1, 2)
     assert groups.entered(1)
+    assert groups.working == (1, 2)
     assert not groups.entered(1)
     assert not groups.pending
 
