@@ -12,13 +12,35 @@ from typing import Any
 
 import psutil
 import torch
-from small_models import classifier
+from small_models import Images, classifier
 from torch import Tensor, nn
 
 
 def watched_classifier(folder: str, *, slow_host: str = "", seconds_per_sample: float = 0.0) -> nn.Module:
     """The small classifier; notes go to `folder`. slow_host: where each sample takes longer by so many seconds."""
     return classifier(trouble=_Witness(Path(folder), slow_host, seconds_per_sample))
+
+
+def images_at_a_pace(folder: str, seconds: float) -> tuple[Images, Images]:
+    """The small images; each batch takes so long to load until `hurry` was called for the folder."""
+    train = _PacedImages(50, 1)
+    train.folder, train.seconds = Path(folder), seconds
+    return train, Images(21, 2)
+
+
+def hurry(folder: Path) -> None:
+    """What had to happen during the run has happened."""
+    (folder / "hurry").touch()
+
+
+class _PacedImages(Images):
+    folder: Path
+    seconds: float
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        if not (self.folder / "hurry").exists():
+            time.sleep(self.seconds)
+        return [self[index] for index in indices]
 
 
 class _Witness(nn.Module):
