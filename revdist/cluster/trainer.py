@@ -116,8 +116,7 @@ class Trainer:
         """The devices the run would use, one per rank, as they are now. Writes nothing; raises as `fit`."""
         from revdist.training.factories import import_factory
 
-        config = self.config
-        for path in (config.model.factory, config.data.factory, config.loss, config.optimizer.factory):
+        for path in self._factories:
             import_factory(path)
         with ray_cluster(self.address, num_workers=self.num_cores):
             places, fleet = self._place()
@@ -232,6 +231,17 @@ class Trainer:
             from revdist.planning.split import equal_split
 
             equal_split(self.config.global_batch, len(self.config.devices))
+        if self.address is None:  # elsewhere, ranks may have modules that this process has not
+            from revdist.training.factory_check import check_factory
+
+            for path in self._factories:
+                check_factory(path)
+
+    @property
+    def _factories(self) -> tuple[str, ...]:
+        """What ranks will import."""
+        config = self.config
+        return (config.model.factory, config.data.factory, config.loss, config.optimizer.factory)
 
     def choose_run_dir(self) -> Path:
         """Absolute path of the run directory, which must hold a run to resume, or none, and none that is alive.
