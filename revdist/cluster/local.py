@@ -12,6 +12,7 @@ from typing import Any
 
 from revdist.cluster.address import check_reachable, parse_address
 from revdist.cluster.admission import check_admission
+from revdist.cluster.lean_ray import lean_head
 from revdist.errors import AddressUnreachable
 
 
@@ -85,14 +86,15 @@ def _start(num_workers: int) -> None:
     from ray._private import ray_constants
 
     ray_constants.ENABLE_RAY_CLUSTER = False  # read at import, which may have been before our setting
-    ray.init(
-        "local",  # else Ray joins whatever cluster runs on this machine
-        # Replicas are placed on devices, not on cores: a small machine may hold more of them than it has.
-        num_cpus=max(num_workers, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with lean_head():
+        ray.init(
+            "local",  # else Ray joins whatever cluster runs on this machine
+            # Replicas are placed on devices, not on cores: a small machine may hold more of them than it has.
+            num_cpus=max(num_workers, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
 
 def _connect(address: str) -> None:

@@ -58,6 +58,10 @@ class MemoryView:
         return allocated, allocated
 
 
+_LOOK_S = 0.005
+"""Pause between looks for the first step."""
+
+
 @final
 class MemoryWatch:
     """Reads the device beside the training thread and replans when its memory changes."""
@@ -71,9 +75,11 @@ class MemoryWatch:
         need_bytes: Callable[[], int],
         replanned: Callable[[str], None],
         lost: Callable[[DeviceError], None],
+        has_begun: Callable[[], bool] = lambda: True,
     ) -> None:
         """need_bytes: what the plan in force needs. replanned: called with the reason after each replan.
-        lost: called when the device no longer answers; the watch ends then.
+        lost: called when the device no longer answers; the watch ends then. has_begun: whether the first
+        step has been taken, which loading the solver would only make later.
         """
         self._every_s = config.replan.every_s
         self._rules = Rules(min_change=config.replan.min_change, settle_s=config.replan.settle_s, patience_s=math.inf)
@@ -82,6 +88,7 @@ class MemoryWatch:
         self._need_bytes = need_bytes
         self._replanned = replanned
         self._lost = lost
+        self._has_begun = has_begun
         self._standing: Standing | None = None
         self._seen_version = -1
         self._ended = threading.Event()
@@ -125,6 +132,9 @@ class MemoryWatch:
 
     def _run(self) -> None:
         try:
+            while not self._has_begun():
+                if self._ended.wait(_LOOK_S):
+                    return
             self.solve()
             while not self._ended.wait(self._every_s):
                 self.look(time.monotonic())

@@ -192,6 +192,7 @@ class Replica:
                 inverted=None if reason == "start" else trained.planner.inverted_curve(),
                 reason=reason,
                 num_steps=trained.parts.num_steps,
+                step=self.step,
             )
         )
 
@@ -259,6 +260,7 @@ class Replica:
             need_bytes=lambda: loop.need_bytes,
             replanned=replanned,
             lost=lost,
+            has_begun=lambda: bool(loop.reports),
         )
 
     def _score(self, trained: Trained) -> Score | None:

@@ -22,6 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE), str(HERE.parent / "training"), str(HERE.parent.parent)])
 
+OURS = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+"""Without the settings of another test's cluster."""
+
 LOOK_AROUND = """
 import json, os, psutil
 from revdist.cluster.local import ray_cluster
@@ -37,7 +40,7 @@ print(json.dumps({**facts, "after": [name for name in os.environ if name.startsw
 def python(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": PATH, **environment},
+        env={**OURS, "PYTHONPATH": PATH, **environment},
         capture_output=True,
         text=True,
         timeout=200,
