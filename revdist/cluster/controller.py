@@ -82,6 +82,7 @@ class Controller:
         self._early_events: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
         self._num_steps = 0
+        self._first_step = 0
         self._samples = 0
         self._train_s = 0.0
         self._began_s = time.monotonic()
@@ -193,6 +194,8 @@ class Controller:
 
     def _take_curve(self, member: int, report: CurveReport) -> None:
         self._num_steps = report.num_steps
+        if not self.started:
+            self._first_step = max(self._first_step, report.step)
         self._mender.take_curve(member)
         shares = self._keeper.take_curve(member, report)
         if not self._groups.pending:
@@ -210,11 +213,15 @@ class Controller:
 
     def _begin(self, shares: Shares) -> None:
         """Every rank has a plan: from here on the run is on disk."""
-        self._writer.create(self._config)
+        undone = self._writer.create(self._config, step=self._first_step)
         for event in self._early_events:
             self._writer.event(event)
         divided = " + ".join(str(share) for share in shares.by_rank)
         detail = f"{len(self._groups.members)} replicas, {self._num_steps} steps, shares {divided}"
+        if self._first_step:
+            detail += f"; goes on after step {self._first_step}"
+        if undone:
+            detail += f", {undone} steps that were not saved are taken again"
         devices = device_records(self._mender.readings)
         self._event(run_event("start", self._step, detail, num_steps=self._num_steps, devices=devices))
 
@@ -246,7 +253,7 @@ class Controller:
 
     @property
     def _step(self) -> int:
-        return 0 if self._last is None else int(self._last["step"])
+        return self._first_step if self._last is None else int(self._last["step"])
 
     def _stop_if_asked(self) -> None:
         reason = self._stop_reason()

@@ -81,6 +81,8 @@ class CurveReport:
     reason: str
     num_steps: int
     """Length of the run."""
+    step: int = 0
+    """Steps of the run that this replica holds the state after; 0 for a newcomer that has none yet."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,14 +71,18 @@ class RunWriter:
         self._files: dict[str, LineFile] = {}
         self._tensorboard: TensorBoardLog | None = None
 
-    def create(self, config: RunConfig) -> None:
+    def create(self, config: RunConfig, *, step: int | None = None) -> int:
         """Make the directory, readable by its owner's group at most, and write the configuration.
+
+        step: steps of the run that its state holds. Lines of later ones are removed, since these steps were
+        lost and will be taken again; returns how many. None: the run is under way.
 
         Raises ConfigError where it cannot be made or written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
             (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            undone = 0 if step is None else _remove_later(self.path / "metrics.jsonl", step)
             for name in ("plans", "metrics", "events"):
                 self._files[name] = LineFile(self.path / f"{name}.jsonl")
             if config.tensorboard:
@@ -87,6 +91,7 @@ class RunWriter:
             raise ConfigError(
                 f"cannot write the run directory {self.path}: {error.strerror}; choose another with --run-dir"
             ) from error
+        return undone
 
     def plan(self, plan: Plan, *, time: float, step: int, free_bytes: int) -> None:
         """Append a plan that a rank adopted at a step."""
@@ -156,6 +161,19 @@ class RunReader:
             for line in file:
                 if line.endswith("\n"):  # the last line may be half written
                     yield json.loads(line)
+
+
+def _remove_later(path: Path, step: int) -> int:
+    """Remove the lines of steps after `step` from a file, in one piece; returns how many there were."""
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        os.replace(part, path)
+    return len(lines) - len(kept)
 
 
 def plan_record(plan: Plan, *, time: float, step: int, free_bytes: int) -> dict[str, Any]:

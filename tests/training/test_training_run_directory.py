@@ -81,3 +81,25 @@ def test_runs_of_one_second_get_numbers(tmp_path: Path) -> None:
     first.mkdir()
     assert first.name == "digits-20260102-030405"
     assert default_run_dir("digits", now, tmp_path).name == "digits-20260102-030405-2"
+
+
+def test_lines_of_steps_that_were_lost_are_removed_on_resume(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run")
+    writer.create(run_config(), step=0)
+    for step in (1, 2, 3):
+        writer.metrics({"time": 1.0, "step": step})
+    writer.close()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "step": 4')
+    again = RunWriter(tmp_path / "run")
+    assert again.create(run_config(), step=2) == 2
+    again.metrics({"time": 2.0, "step": 3})
+    again.close()
+    assert [(line["step"], line["time"]) for line in RunReader(tmp_path / "run").metrics()] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+    ]
+    onlooker = RunWriter(tmp_path / "run")
+    assert onlooker.create(run_config()) == 0
+    onlooker.close()
