@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,15 @@ def _facts(history: RunHistory) -> list[tuple[str, str]]:
     names = {"wall_s": "took", "samples_per_s": "samples/s"}
     facts += [(names.get(key, key), show(summary[key])) for key, show in shown.items() if summary.get(key) is not None]
     replans = sum(1 for plan in history.plans if plan.get("reason") not in ("start", "profile"))
-    return [*facts, ("ranks", str(len(history.ranks))), ("replans", str(replans))]
+    return [*facts, ("ranks", str(len(history.ranks))), ("replans", str(replans)), *_changes(history)]
+
+
+def _changes(history: RunHistory) -> list[tuple[str, str]]:
+    """Replicas lost and joined, and what steps waited for it; nothing where nothing happened."""
+    kinds = Counter(str(event.get("kind")) for event in history.events)
+    found = [(name, str(kinds[kind])) for name, kind in (("lost", "lost"), ("joined", "joined")) if kinds[kind]]
+    paused_s = sum(float(line.get("pause_s") or 0.0) for line in history.metrics)
+    return [*found, ("paused", seconds(paused_s))] if paused_s > 0 else found
 
 
 def _gains(history: RunHistory) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -26,8 +26,13 @@ T = TypeVar("T")
 MAX_POINTS = 1500
 """Points drawn per line; longer runs are thinned, which a figure this wide cannot show."""
 FREE = "#9aa5b1"
+PAUSE = "#d64545"
+CHANGE_COLORS = {"lost": "#b51d14", "joined": "#00805f"}
+MAX_LABELS = 12
+"""Changes of who takes part that are named; further ones are lines alone."""
 LABEL_SHARE = 0.15
 """A plan in force for less than this part of the run has no room for a label."""
+_LABEL_BOX: Any = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
 MAX_RANKS = 8
 """Ranks with a panel of their own."""
 
@@ -56,7 +61,7 @@ def write_figures(run_dir: Path, folder: Path) -> list[Path]:
 
 
 def learning_figure(history: RunHistory) -> Figure:
-    """Loss and throughput over time, with every change of plan marked."""
+    """Loss and throughput over time, with every change of plan marked, and who was lost or joined."""
     with house_style():
         figure, (loss, speed) = new_figure([2.2, 2.0], share_x=True)
         times, lines = _over_time(history)
@@ -69,6 +74,8 @@ def learning_figure(history: RunHistory) -> Figure:
         speed.yaxis.set_major_formatter(lambda value, _: rate(value) if value else "0")
         for axes in (loss, speed):
             _mark_replans(axes, history)
+        _shade_pauses(speed, history)
+        _mark_changes(speed, history)
         speed.set_xlabel("seconds since the start")
     return figure
 
@@ -202,8 +209,31 @@ def _mark_replans(axes: Axes, history: RunHistory, rank: int | None = None) -> N
             axes.axvline(at, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
             if rank is not None:
                 reason = REASONS.get(str(plan["reason"]), str(plan["reason"]))
-                axes.text(at, 0.96, f" {reason} ", transform=place, va="top", fontsize=7.5, color=MUTED,
-                          bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
+                text = f" {reason} "
+                axes.text(at, 0.96, text, transform=place, va="top", fontsize=7.5, color=MUTED, bbox=_LABEL_BOX)
+
+
+def _shade_pauses(axes: Axes, history: RunHistory) -> None:
+    """The time that steps lost to attempts that were redone, and to forming another group."""
+    for line in history.metrics:
+        pause_s = line.get("pause_s") or 0.0
+        if pause_s > 0:
+            at = line["time"] - history.start_s
+            axes.axvspan(max(0.0, at - pause_s), at, color=PAUSE, alpha=0.3, linewidth=0)
+
+
+def _mark_changes(axes: Axes, history: RunHistory) -> None:
+    """A line, and what happened, wherever replicas were lost or joined."""
+    place = blended_transform_factory(axes.transData, axes.transAxes)
+    changes = [event for event in history.events if event.get("kind") in CHANGE_COLORS]
+    for number, event in enumerate(changes):
+        at, color = event["time"] - history.start_s, CHANGE_COLORS[str(event["kind"])]
+        axes.axvline(at, color=color, linewidth=1.2)
+        if number < MAX_LABELS:
+            name = history.device_name(str(event.get("device", "")))
+            height = 0.96 - 0.12 * (number % 4)  # neighbours one below the other
+            text = f" {name} {event['kind']} "
+            axes.text(at, height, text, transform=place, va="top", fontsize=7.5, color=color, bbox=_LABEL_BOX)
 
 
 def _device_name(history: RunHistory, rank: int) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from sample_profiles import profile
-from sample_run import OPERATORS, write_run
+from sample_run import OPERATORS, event, write_run
 
 from revdist.planning.replay import replay
 from revdist.reporting.figure import save_png, to_svg
@@ -81,6 +81,18 @@ def test_a_run_over_time(tmp_path: Path) -> None:
     ribbon = memory.axes[3].collections[0].get_array()
     assert ribbon is not None
     assert ribbon.size == OPERATORS
+
+
+def test_who_was_lost_and_what_steps_waited_for_it_is_marked(tmp_path: Path) -> None:
+    history = read_history(write_run(tmp_path / "run", steps=60))
+    lost = event(20, "lost", rank=1, device="CPU-0001", detail="killed")
+    joined = event(40, "joined", rank=1, device="CPU-0009", detail="cpu-9 on node-b")
+    metrics = tuple(line | {"pause_s": 0.3 * (line["step"] == 21)} for line in history.metrics)
+    harmed = dataclasses.replace(history, events=(*history.events, lost, joined), metrics=metrics)
+    speed = learning_figure(harmed).axes[1]
+    assert {text.get_text().strip() for text in speed.texts} == {"cpu-1 lost", "CPU-0009 joined"}
+    assert len(speed.patches) == 1  # the one pause
+    assert not learning_figure(history).axes[1].patches
 
 
 def test_long_runs_are_thinned(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from sample_run import write_run
+from sample_run import START, event, write_run
 
 from revdist.errors import UsageError
 from revdist.reporting.html import write_report
@@ -61,3 +62,15 @@ def test_nothing_is_written_where_there_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_counts_who_was_lost_and_the_time_it_cost(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=20, finished=True)
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps(event(20, "lost", rank=1, device="CPU-0001", detail="killed by signal 9")) + "\n")
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"time": START + 3, "step": 21, "step_s": 1, "pause_s": 0.25, "ranks": []}) + "\n")
+    text = re.sub(r"<[^>]*>|\s+", " ", write_report(run_dir).read_text())
+    assert re.search(r"lost\s+1\b|1\s+lost", text)
+    assert "250 ms" in text
+    assert "killed by signal 9" in text
