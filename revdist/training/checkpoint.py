@@ -49,9 +49,11 @@ def save(
         part = folder.start(name)
         _write(folder, part, state, progress, documents or {})
         folder.publish(part, name)
-    except OSError as error:
+    except Exception as error:
         if part is not None:
             _give_up(folder, part)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(
             f"cannot write the checkpoint {folder}/{name}: {error.strerror or error}; "
             "free space there, or set checkpoint.location"

@@ -103,14 +103,19 @@ class RecordedFiles(FileSystemBase):
 
 
 def write_tensors(files: RecordedFiles, place: str, state: Mapping[str, Tensor]) -> None:
-    """Write tensors, on the CPU, into the empty folder `place`. Raises OSError where the storage fails."""
+    """Write tensors, on the CPU, into the empty folder `place`.
+
+    Raises OSError where the storage fails, or the error of its own kind that it raises instead.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save(dict(state), storage_writer=_Writer(files, place), no_dist=True)
-    except (CheckpointException, RuntimeError):
+    except (CheckpointException, RuntimeError) as error:
         if files.error is not None:  # torch wraps it, or complains that its file has not grown
             raise files.error from None
+        if isinstance(error, CheckpointException):  # no Exception, which would end a thread without a word
+            raise _cause(error) from None
         raise
 
 
@@ -124,11 +129,15 @@ def read_tensors(folder: Folder, place: str) -> dict[str, Tensor]:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(dict(state), storage_reader=reader, no_dist=True)
     except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise CheckpointError(f"cannot read the checkpoint {folder}/{place}: {cause}") from cause
+        raise CheckpointError(f"cannot read the checkpoint {folder}/{place}: {_cause(error)}") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"cannot read the checkpoint {folder}/{place}: {error}") from error
     return state
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    cause, _ = next(iter(error.failures.values()))
+    return cause
 
 
 def _allocate(name: str, entry: Any) -> Tensor:

@@ -34,7 +34,7 @@ class GatedFileSystem(MemoryFileSystem):
 
     protocol = "gated"
     gate = threading.Event()
-    broken = False
+    broken: Exception | None = None
     store: dict[str, Any] = {}
     pseudo_dirs = [""]
 
@@ -42,7 +42,7 @@ class GatedFileSystem(MemoryFileSystem):
         if "w" in mode:
             assert self.gate.wait(60), "the test left the gate closed"
             if self.broken:
-                raise OSError(28, "No space left on device")
+                raise self.broken
         return super().open(path, mode, **kwargs)
 
 
@@ -50,7 +50,7 @@ class GatedFileSystem(MemoryFileSystem):
 def gated(tmp_path: Path) -> Iterator[type[GatedFileSystem]]:
     fsspec.register_implementation("gated", GatedFileSystem, clobber=True)
     GatedFileSystem.gate.set()
-    GatedFileSystem.broken = False
+    GatedFileSystem.broken = None
     yield GatedFileSystem
     GatedFileSystem.gate.set()
 
@@ -134,17 +134,30 @@ def test_a_full_disk_is_an_event_and_the_end_of_the_run_raises_it(gated: type[Ga
     run = Run(f"gated://{tmp_path}")
     run.save(1)
     run.saver.finish()
-    gated.broken = True
+    gated.broken = OSError(28, "No space left on device")
     run.save(2)
     run.train(0.1)
     with pytest.raises(CheckpointError, match=r"newest there is: gated://.*step-000000001: .*No space left on device"):
         run.saver.finish()
     assert run.kinds == ["checkpoint", "checkpoint-failed"]
     assert "free space there, or set checkpoint.location" in run.events[-1][1]
-    gated.broken = False
+    gated.broken = None
     run.save(3)
     run.saver.finish()  # the last one counts
     assert [found.step for found in checkpoints(f"gated://{tmp_path}")] == [1, 3]
+
+
+class ThrottledError(Exception):
+    """What the client of a storage may raise of its own."""
+
+
+def test_an_error_of_a_storages_own_kind_is_told_too(gated: type[GatedFileSystem], tmp_path: Path) -> None:
+    run = Run(f"gated://{tmp_path}")
+    gated.broken = ThrottledError("slow down")
+    run.save(1)
+    with pytest.raises(CheckpointError, match=r"there is none before it: .*ThrottledError: slow down"):
+        run.saver.finish()
+    assert run.kinds == ["checkpoint-failed"]
 
 
 def test_a_failing_replica_waits_for_the_write_under_way(tmp_path: Path) -> None:
