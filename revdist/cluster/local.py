@@ -13,6 +13,7 @@ from typing import Any
 from revdist.cluster.address import check_reachable, parse_address
 from revdist.cluster.admission import check_admission
 from revdist.cluster.lean_ray import lean_head
+from revdist.cluster.session import new_session_root, remove_session
 from revdist.errors import AddressUnreachable
 
 
@@ -35,7 +36,10 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[bool]:
         try:
             yield address is None
         finally:
+            session = session_folder() if address is None else None
             _disconnect()
+            if session is not None:
+                remove_session(session)
 
 
 def addresses() -> dict[str, str]:
@@ -89,6 +93,7 @@ def _start(num_workers: int) -> None:
     with lean_head():
         ray.init(
             "local",  # else Ray joins whatever cluster runs on this machine
+            _temp_dir=str(new_session_root()),
             # Replicas are placed on devices, not on cores: a small machine may hold more of them than it has.
             num_cpus=max(num_workers, os.cpu_count() or 1),
             include_dashboard=False,

@@ -15,8 +15,10 @@ from runs import Watcher, settings
 
 import revdist
 from revdist.cluster.inventory import cluster_devices
+from revdist.cluster.local import session_folder
+from revdist.cluster.session import new_session_root, remove_session
 from revdist.config import RunConfig
-from revdist.errors import ConfigError
+from revdist.errors import ConfigError, UsageError
 
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
@@ -61,6 +63,35 @@ def test_nothing_of_a_run_listens_beyond_loopback_and_others_can_change_none_of_
     assert result.run_dir.stat().st_mode & 0o777 == 0o750
     devices = Path(os.environ["REVDIST_DEVICES_DIR"])
     assert devices.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("running_ray")
+def test_sockets_and_logs_of_ray_lie_where_nobody_else_gets() -> None:
+    root = Path(session_folder()).parent
+    assert root.parent.stat().st_mode & 0o777 == 0o700
+    assert root.parent.stat().st_uid == os.getuid()
+    for process in family():  # not an assumption about Ray: its processes' own sockets
+        for one in process.net_connections("unix"):
+            if "/sockets/" in str(one.laddr):
+                assert str(one.laddr).startswith(f"{root}/")
+
+
+def test_a_folder_of_somebody_else_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"revdist-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with pytest.raises(UsageError, match="belongs to another user"):
+        new_session_root()
+
+
+def test_only_sessions_of_a_run_s_own_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    own, other = new_session_root(), tmp_path / "ray"
+    for root in (own, other):
+        (root / "session_1" / "logs").mkdir(parents=True)
+        remove_session(root / "session_1")
+    assert not own.exists()
+    assert other.exists()
 
 
 @pytest.mark.usefixtures("devices_folder", "running_ray")
