@@ -121,6 +121,8 @@ class CheckpointConfig(Section):
 
     every_steps: int | None = pydantic.Field(None, ge=1)
     """Steps between checkpoints; none: at the end and on preemption."""
+    every_s: float | None = pydantic.Field(None, gt=0)
+    """Seconds after which there is a checkpoint at the next step boundary; none: not by time."""
     keep: int = pydantic.Field(2, ge=1)
     """Newest checkpoints kept."""
     keep_every_steps: int | None = pydantic.Field(None, ge=1)
@@ -156,6 +158,8 @@ class RunConfig(Section):
     epochs: int | None = pydantic.Field(None, ge=1)
     steps: int | None = pydantic.Field(None, ge=1)
     seed: int = pydantic.Field(0, ge=0)
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a loss that is not finite does: ends the run, or leaves the step out, at most ten times in a row."""
     precision: Literal["fp64", "fp32", "bf16"] = "fp32"
     """bf16: autocast over an fp32 stream."""
     devices: Literal["auto"] | tuple[DeviceSpec, ...] = "auto"

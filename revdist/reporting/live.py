@@ -26,6 +26,7 @@ EVENT_STYLES: Mapping[str, str] = {
     "checkpoint-failed": "bold red",
     "resumed": "dim",
     "out-of-memory": "bold yellow",
+    "non-finite": "bold yellow",
     "lost": "bold red",
     "regroup": "bold cyan",
     "preempted": "bold yellow",

@@ -35,6 +35,11 @@ def must_stop(rows: Sequence[Row]) -> bool:
     return any(row.stop for row in rows)
 
 
+def must_save(rows: Sequence[Row]) -> bool:
+    """Whether it is time for a checkpoint by some rank's clock: all save at the same step."""
+    return any(row.save for row in rows)
+
+
 def next_generation(rows: Sequence[Row]) -> int:
     """The generation of the next step: the newest that every rank has received."""
     return min(row.newest_generation for row in rows)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,13 +19,13 @@ import torch.distributed as dist
 
 from revdist.config import RunConfig
 from revdist.devices.device import Device, MemoryMeter
-from revdist.errors import NonFiniteLoss
 from revdist.planning.costs import Plan
-from revdist.training.agreement import agree, mean_loss, must_redo, must_stop, next_generation, next_group
+from revdist.training.agreement import agree, mean_loss, must_redo, must_save, must_stop, next_generation, next_group
 from revdist.training.data import slice_of
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.local_step import LocalStep, Outcome
 from revdist.training.memory import MemoryView
+from revdist.training.non_finite import Tolerance, non_finite_losses
 from revdist.training.optimizer import learning_rate_factor, set_learning_rate
 from revdist.training.orders import Inbox, Regroup, Shares
 from revdist.training.parts import Parts
@@ -82,6 +81,8 @@ class Loop:
         self.shares = first
         self._group = group
         self._saved_step = step if group == 0 else _UNKNOWN
+        self._saved_s = time.monotonic()
+        self._asked_to_save = False
         self._reports: deque[StepReport] = deque(maxlen=_KEPT_REPORTS)
         self._version = trained.planner.version
         self.plan = self._make_plan(reason=first.reason)
@@ -89,6 +90,7 @@ class Loop:
         self._step_began_s = time.perf_counter()
         self._pause_s = 0.0
         self._failure: Exception | None = None
+        self._tolerance = Tolerance(trained.config.non_finite)
 
     @property
     def need_bytes(self) -> int:
@@ -105,8 +107,9 @@ class Loop:
         while self.step < self._t.parts.num_steps:
             if self._checkpoint_is_due:
                 checkpoint()
-                self._saved_step = self.step
+                self._saved_step, self._saved_s = self.step, time.monotonic()
             rows = self._take_step()
+            self._asked_to_save = must_save(rows)
             self._adopt_generation(next_generation(rows))
             if must_stop(rows):
                 return Pause.STOPPED
@@ -129,7 +132,7 @@ class Loop:
         was_first = self.rank == 0
         self.rank = order.rendezvous.rank
         self.step = step
-        self._saved_step = _UNKNOWN
+        self._saved_step, self._asked_to_save = _UNKNOWN, False
         self._reports = deque(reports, maxlen=_KEPT_REPORTS)
         self.shares = order.shares
         self._adopt_plan(self._make_plan(reason=order.shares.reason))
@@ -141,7 +144,13 @@ class Loop:
     @property
     def _checkpoint_is_due(self) -> bool:
         every = self._t.config.checkpoint.every_steps
-        return every is not None and self.step % every == 0 and self.step != self._saved_step
+        by_step = every is not None and self.step % every == 0
+        return (by_step or self._asked_to_save) and self.step != self._saved_step
+
+    @property
+    def _wants_to_save(self) -> bool:
+        every_s = self._t.config.checkpoint.every_s
+        return every_s is not None and time.monotonic() - self._saved_s >= every_s
 
     def close(self) -> None:
         self._local.close()
@@ -158,7 +167,7 @@ class Loop:
             self._adopt_local_replan()
             try:
                 rows = self._attempt()
-                self._check_loss(rows)
+                left_out = not must_redo(rows) and self._is_left_out(rows)
             except Exception:
                 self._local.restore_buffers()
                 raise
@@ -166,7 +175,11 @@ class Loop:
                 break
             self._local.restore_buffers()
             self._pause_s += rows[self.rank].step_s
-        self._update()
+        if left_out:
+            self._local.restore_buffers()
+        else:
+            self._update()
+        self.step += 1
         self._report(rows)
         return rows
 
@@ -197,6 +210,7 @@ class Loop:
             loss_sum=outcome.loss_sum,
             failed=outcome.failed,
             stop=self._inbox.stop_reason is not None,
+            save=self._wants_to_save,
             newest_generation=self._inbox.newest_generation,
             newest_group=self._inbox.newest_group,
             generation=self.shares.generation,
@@ -212,20 +226,20 @@ class Loop:
             demoted_bytes=outcome.demoted_bytes,
         )
 
-    def _check_loss(self, rows: Sequence[Row]) -> None:
-        """Raise NonFiniteLoss on every rank alike where a rank's loss is not finite; a redone step's does not count."""
-        for rank, row in enumerate(rows):
-            if math.isfinite(row.loss_sum) or row.failed:
-                continue
-            batch = self._t.parts.order.batch(self.step)
-            samples = batch[slice_of(self.shares.by_rank, rank, len(batch))].tolist()
-            raise NonFiniteLoss(
-                f"the loss of step {self.step} is {row.loss_sum} on rank {rank}, samples {_abbreviate(samples)}: "
-                "lower the learning rate, set optimizer.clip_norm, or look at these samples",
-                step=self.step,
-                rank=rank,
-                samples=samples,
-            )
+    def _is_left_out(self, rows: Sequence[Row]) -> bool:
+        """Whether no rank takes the update of this step, for a loss that is not finite.
+
+        Raises NonFiniteLoss on every rank alike where that ends the run.
+        """
+        batch = self._t.parts.order.batch(self.step)
+        errors = non_finite_losses(rows, batch, self.shares.by_rank, step=self.step)
+        left_out = self._tolerance.bear(errors)
+        for error in errors:
+            if error.facts["rank"] == self.rank:
+                self._outbox.put(
+                    self._event("non-finite", f"left out: {error.message}", samples=error.facts["samples"])
+                )
+        return left_out
 
     def _update(self) -> None:
         """Move the parameters along the whole batch's gradient."""
@@ -234,7 +248,6 @@ class Loop:
             torch.nn.utils.clip_grad_norm_(self._t.replicated.parameters, optimizer.clip_norm)
         set_learning_rate(self._t.optimizer, self._learning_rate_factor())
         self._t.optimizer.step()
-        self.step += 1
 
     def _learning_rate_factor(self) -> float:
         return learning_rate_factor(self._t.config.optimizer, self.step, self._t.parts.num_steps)
@@ -299,8 +312,3 @@ class Loop:
             detail=detail,
             facts=facts,
         )
-
-
-def _abbreviate(samples: Sequence[int]) -> str:
-    shown = ", ".join(str(sample) for sample in samples[:8])
-    return f"{shown} and {len(samples) - 8} more" if len(samples) > 8 else shown

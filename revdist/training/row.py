@@ -17,6 +17,8 @@ class Row:
     """Out of memory after reduction began: the step must be redone by all."""
     stop: bool = False
     """This rank was asked to save and leave."""
+    save: bool = False
+    """It is time for a checkpoint, by this rank's clock."""
     newest_generation: int = 0
     """Newest generation of shares this rank has received."""
     newest_group: int = 0

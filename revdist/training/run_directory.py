@@ -39,6 +39,7 @@ EVENT_KINDS = (
     "profile",
     "replan",
     "out-of-memory",
+    "non-finite",
     "lost",
     "joined",
     "regroup",

@@ -56,8 +56,9 @@ def test_a_known_device_is_not_measured_again_on_another_machine(tmp_path: Path)
     assert resumed.detail.startswith(f"{tmp_path}/checkpoints/step-000000002, written by python")
 
 
-def test_a_checkpoint_holds_what_the_run_was(tmp_path: Path) -> None:
-    config = run_config(steps=3, epochs=None, checkpoint={"every_steps": 1, "keep": 2})
+@pytest.mark.parametrize("when", [{"every_steps": 1}, {"every_s": 1e-6}])
+def test_a_checkpoint_holds_what_the_run_was(when: dict[str, float], tmp_path: Path) -> None:
+    config = run_config(steps=3, epochs=None, checkpoint={**when, "keep": 2})
     outcome = run_replicas([config] * 2, [(9, 3), (2, 10)], tmp_path)
     assert_no_failure(outcome)
     assert [event.facts["saved_step"] for event in events(outcome, "checkpoint")] == [1, 2, 3]
