@@ -32,6 +32,11 @@ def new_session_root() -> Path:
 
 def remove_session(session: str | Path) -> None:
     """Remove what a cluster of a run's own has left, given the folder of its session; others are left alone."""
+    if is_own_session(session):
+        shutil.rmtree(Path(session).parent, ignore_errors=True)
+
+
+def is_own_session(session: str | Path) -> bool:
+    """Whether a folder is the session of a cluster that revdist has started for this user, by its name."""
     root = Path(session).parent
-    if root.name.startswith("ray-") and root.parent.name == f"{_PREFIX}{os.getuid()}":
-        shutil.rmtree(root, ignore_errors=True)
+    return root.name.startswith("ray-") and root.parent.name == f"{_PREFIX}{os.getuid()}" and ".." not in root.parts

@@ -11,7 +11,7 @@ from pathlib import Path
 from revdist.cluster.claim import is_alive
 from revdist.cluster.processes import Process, started_with, writing_below
 from revdist.cluster.run_record import RUN_ID, RunRecord, read_record, write_record
-from revdist.cluster.session import remove_session
+from revdist.cluster.session import is_own_session, remove_session
 from revdist.errors import AddressUnreachable, RunFailed, UsageError
 
 _TICK_S = 0.1
@@ -53,7 +53,7 @@ def stop_run(run_dir: Path, *, now: bool, timeout_s: float) -> Stopped:
     killed = _end_family(record, patience_s=_LEAVE_S if in_order else 0.0) if record.here else 0
     if record.detached and not record.own_ray and not in_order:
         killed += _end_replicas(record)
-    if record.own_ray and record.ray_session and record.here:
+    if record.own_ray and record.here:
         remove_session(record.ray_session)
     return Stopped(record=_closed(run_dir), was_alive=was_alive, num_killed=killed)
 
@@ -81,7 +81,7 @@ def _family(record: RunRecord) -> list[Process]:
     Ray's write their title over their environment, so that only their files tell whose they are.
     """
     found = set(started_with(RUN_ID, record.run_id))
-    if record.ray_session:
+    if is_own_session(record.ray_session):
         found.update(writing_below(record.ray_session))
     if record.ended_s is None and record.process.alive:
         found.add(record.process)
