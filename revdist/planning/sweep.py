@@ -32,7 +32,7 @@ from revdist.planning import kernels
 from revdist.planning.kernels import CHOICES_PER_BYTE, OPTION_BITS, OPTION_MASK, Ints, Links
 from revdist.planning.stages import Stages
 
-LIST_POINTS = 2**16
+LIST_POINTS = 2**14
 """Length past which a list is thinned, where a guarantee allows it."""
 MOST_POINTS = 2**20
 """Length past which solving is refused."""
