@@ -76,7 +76,7 @@ def test_help_names_the_commands_and_loads_nothing_heavy() -> None:
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    for command in ("launch", "plan", "devices", "report", "doctor"):
+    for command in ("launch", "plan", "devices", "report", "doctor", "status", "attach", "logs", "stop"):
         assert command in done.stdout
 
 
@@ -103,6 +103,8 @@ def test_a_misspelt_word_is_answered_with_the_nearest_one(arguments: list[str], 
         (["launch", "small.yaml", "global_batch"], "must read key=value"),
         (["launch", "small.yaml", "--resume"], "--resume needs --run-dir"),
         (["launch", "small.yaml", "--nnodes", "4:2"], "MIN not above MAX"),
+        (["launch", "small.yaml", "--local-ranks-filter", "0,x"], "must be numbers with commas"),
+        (["launch", "small.yaml", "model.factory=revdist.models:revnet39", "--detach"], "has no 'revnet39'"),
         (["report", "nowhere"], "no run directory nowhere"),
         (["plan"], "give a CONFIG"),
         (["plan", "small.yaml", "--out", "plan.gif"], ".png or .html"),
@@ -180,6 +182,14 @@ def test_torchrun_spellings_set_the_number_of_replicas(
     assert run("launch", config, *arguments).exit_code == 0
     chosen = fake_trainer.given["config"].workers
     assert (chosen.min, chosen.max) == workers
+
+
+@pytest.mark.parametrize("dash", ["-", "_"])
+def test_torchrun_spellings_of_restarts_and_logs(config: Path, fake_trainer: type[FakeTrainer], dash: str) -> None:
+    flags = [f"--max{dash}restarts=7", f"--log{dash}dir=there", f"--local{dash}ranks{dash}filter=0,2"]
+    assert run("launch", config, *flags).exit_code == 0
+    assert fake_trainer.given["config"].workers.max_restarts == 7
+    assert fake_trainer.given["log_dir"] == Path("there")
 
 
 def test_factories_in_the_current_folder_are_found(config: Path, fake_trainer: type[FakeTrainer]) -> None:
