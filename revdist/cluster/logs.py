@@ -159,7 +159,7 @@ class LogFiles(Observer):
         self._begun = False
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        if event["kind"] == "start" and not self._begun:
+        if event["kind"] in ("start", "supervisor") and not self._begun:  # begun by this supervisor, or taken over
             self._begun = True
             early, self._early = self._early, {}
             for rank, text in early.items():

@@ -110,8 +110,8 @@ class LiveView(Observer):
             self._state.total_steps = event.get("num_steps")
             if self._state.run_dir is not None:
                 self._tell(None, f"writing to {shown_path(self._state.run_dir)}", "")
-        if kind == "lost" and rank in self._state.ranks:
-            self._state.rank(rank, str(event.get("device") or self._state.ranks[rank].uuid)).lost = True
+        if kind == "lost":
+            self._state.lose(rank, str(event.get("device") or ""))
         if kind in EVENT_STYLES:
             detail = self._shortened(str(event.get("detail") or ""))
             sentence = f"{kind}: {detail}" if detail else kind

@@ -49,6 +49,8 @@ class RunState:
     step_s: float | None = None
     _devices: dict[str, RankState] = dataclasses.field(default_factory=dict)
     """By UUID: those of the ranks, and those of which something was told before they have one."""
+    _names: dict[str, str] = dataclasses.field(default_factory=dict)
+    """By UUID: names of all devices that ever had a rank."""
 
     def start(self, run_dir: Path, devices: Sequence[Reading]) -> None:
         self.run_dir = run_dir
@@ -66,17 +68,29 @@ class RunState:
             state = known.get(reading.uuid) or RankState(rank, reading.uuid, name, free_bytes=reading.free_bytes)
             state.rank, state.device, state.local_rank, state.lost = rank, name, on_host[reading.host], False
             self.ranks[rank] = self._devices[reading.uuid] = state
+            self._names[reading.uuid] = name
             on_host[reading.host] += 1
 
     def rank(self, rank: int, device: str) -> RankState:
         """The state of a device, by its UUID: ranks are given anew before it is told who has which.
 
-        One that is not known yet gets the rank, if that is free, and the first part of its UUID as its name.
+        One that is not known yet gets the rank, if that is free: newcomers have one below zero until they join.
         """
         if device not in self._devices:
-            self._devices[device] = state = RankState(rank, device, device[:12])
+            name = self._names.get(device, device[:12])
+            self._devices[device] = state = RankState(rank, device, name)
             self.ranks.setdefault(rank, state)
         return self._devices[device]
+
+    def lose(self, rank: int | None, device: str) -> None:
+        """A replica is gone: its row is struck out until the others have regrouped; a newcomer's row vanishes."""
+        state = self._devices.get(device) or (None if rank is None else self.ranks.get(rank))
+        if state is None:
+            return
+        state.lost = True
+        if state.rank < 0:
+            self.ranks.pop(state.rank, None)
+            self._devices.pop(state.uuid, None)
 
     def name_of(self, rank: int | None, uuid: str = "") -> str:
         """The name of a device, known by its UUID, or by its rank; empty: what happened concerns no single device."""

@@ -203,6 +203,8 @@ class _Collector(Observer):
         self.state.advance(metrics)
 
     def on_event(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "lost":
+            self.state.lose(event.get("rank"), str(event.get("device") or ""))
         if event["kind"] == "start":
             self.state.total_steps = event.get("num_steps")
         self.events.append(event)

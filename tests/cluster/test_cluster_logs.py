@@ -114,6 +114,15 @@ def test_nothing_is_on_disk_before_the_run_has_begun(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "rank-0.log").stat().st_mode & 0o777 == 0o640
 
 
+def test_a_supervisor_that_takes_over_goes_on_where_files_end(tmp_path: Path) -> None:
+    for kind, text in (("start", "one\n"), ("supervisor", "two\n")):
+        files = LogFiles(tmp_path)
+        files.on_event({"kind": kind})
+        files.on_log(0, text)
+        files.close()
+    assert (tmp_path / "rank-0.log").read_text() == "one\ntwo\n"
+
+
 @pytest.mark.usefixtures("devices_folder", "running_ray")
 def test_each_rank_has_a_file_with_all_that_its_process_printed(tmp_path: Path) -> None:
     class Listener(Watcher):

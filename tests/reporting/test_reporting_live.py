@@ -173,6 +173,21 @@ def test_rows_of_lost_ranks_vanish_and_newcomers_appear(tmp_path: Path) -> None:
     assert "cpu-1" in text[drawn:]
 
 
+def test_a_newcomer_is_shown_while_it_is_measured_and_not_when_it_failed(tmp_path: Path) -> None:
+    out = console(terminal=True, width=120)
+    with LiveView(out) as view:
+        view.on_start(tmp_path, [reading(0), reading(1)])
+        view.on_regroup([reading(0)])
+        drawn = len(text_of(out))
+        view.on_profile(-1, "CPU-0001", 5, 5)
+        assert "cpu-1" in text_of(out)[drawn:]  # as it was called before
+        assert "5/5" in text_of(out)[drawn:]
+        view.on_event(event(9, "lost", device="CPU-0001", detail="newcomer failed"))
+        drawn = len(text_of(out))
+        view.on_regroup([reading(0)])
+        assert "cpu-1" not in text_of(out)[drawn:]
+
+
 def test_what_chosen_ranks_print_is_shown_above_the_table(tmp_path: Path) -> None:
     out = console(terminal=True, width=120)
     with LiveView(out, log_ranks={0}) as view:
