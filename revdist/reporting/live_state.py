@@ -83,8 +83,8 @@ class RunState:
         return self._devices[device]
 
     def lose(self, rank: int | None, device: str) -> None:
-        """A replica is gone: its row is struck out until the others have regrouped; a newcomer's row vanishes."""
-        state = self._devices.get(device) or (None if rank is None else self.ranks.get(rank))
+        """A replica is gone: its row is struck out until the others have regrouped. A newcomer's row vanishes."""
+        state = self._devices.get(device) or self.ranks.get(-1 if rank is None else rank)
         if state is None:
             return
         state.lost = True

@@ -182,7 +182,7 @@ def test_a_newcomer_is_shown_while_it_is_measured_and_not_when_it_failed(tmp_pat
         view.on_profile(-1, "CPU-0001", 5, 5)
         assert "cpu-1" in text_of(out)[drawn:]  # as it was called before
         assert "5/5" in text_of(out)[drawn:]
-        view.on_event(event(9, "lost", device="CPU-0001", detail="newcomer failed"))
+        view.on_event(event(9, "lost", detail="cpu-1 on 10.0.0.2 did not join: no memory"))
         drawn = len(text_of(out))
         view.on_regroup([reading(0)])
         assert "cpu-1" not in text_of(out)[drawn:]
