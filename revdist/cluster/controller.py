@@ -238,7 +238,8 @@ class Controller:
         curves = {member: standing.curve for member, standing in crew.standings.items() if standing.curve is not None}
         self._keeper.take_over(crew.shares, curves)
         self._rehearsal.take_over(self._step)
-        self._event(run_event("supervisor", self._step, f"another one took over {len(crew.standings)} replicas"))
+        detail = f"another one took over {len(crew.standings)} replicas"
+        self._event(run_event("supervisor", self._step, detail, num_steps=self._num_steps))
         if crew.is_whole:
             self._fleet.adopt(crew.shares, crew.groups.members)  # not everyone need have received them
         else:

@@ -29,6 +29,7 @@ EVENT_STYLES: Mapping[str, str] = {
     "non-finite": "bold yellow",
     "lost": "bold red",
     "regroup": "bold cyan",
+    "supervisor": "yellow",
     "preempted": "bold yellow",
 }
 """The events worth a line, with their colour. A replan is told from its plan, a failure by the error that it ends
@@ -106,10 +107,9 @@ class LiveView(Observer):
     def on_event(self, event: Mapping[str, Any]) -> None:
         kind = str(event.get("kind", ""))
         rank = event.get("rank")
-        if kind == "start":
-            self._state.total_steps = event.get("num_steps")
-            if self._state.run_dir is not None:
-                self._tell(None, f"writing to {shown_path(self._state.run_dir)}", "")
+        self._state.total_steps = event.get("num_steps") or self._state.total_steps
+        if kind == "start" and self._state.run_dir is not None:
+            self._tell(None, f"writing to {shown_path(self._state.run_dir)}", "")
         if kind == "lost":
             self._state.lose(rank, str(event.get("device") or ""))
         if kind in EVENT_STYLES:

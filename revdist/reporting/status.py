@@ -205,6 +205,5 @@ class _Collector(Observer):
     def on_event(self, event: Mapping[str, Any]) -> None:
         if event["kind"] == "lost":
             self.state.lose(event.get("rank"), str(event.get("device") or ""))
-        if event["kind"] == "start":
-            self.state.total_steps = event.get("num_steps")
+        self.state.total_steps = event.get("num_steps") or self.state.total_steps
         self.events.append(event)

@@ -10,6 +10,8 @@
                     demoted_bytes}]
     events.jsonl    everything else: time, step, kind, rank, device, detail; kind is one of EVENT_KINDS
     summary.json    what the run came to
+    run.json        who runs it, where, and how it ended (`revdist.cluster.run_record`); run.lock is held meanwhile
+    logs/           rank-N.log: what the process of each rank prints; launcher.log: a detached run's driver
     tensorboard/    loss, speed and memory as TensorBoard event files
     checkpoints/    saved training state
 
