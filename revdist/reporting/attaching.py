@@ -39,7 +39,7 @@ def attach(console: Console, run_dir: Path, *, log_ranks: Collection[int] = ()) 
 
 def _watch(console: Console, run_dir: Path, name: str, log_ranks: Collection[int]) -> None:
     screen = HeldScreen(screen_for(console), num_lines=RECENT)
-    view = LiveView(console, name=name, screen=screen, log_ranks=log_ranks)
+    view = LiveView(console, name=name, screen=screen, log_ranks=log_ranks, waiting=f"waiting for {name} to begin ...")
     follower = RunFollower(run_dir, view)
     logs = LogFollower(run_dir, from_now=True)
     begun = False

@@ -50,13 +50,14 @@ class LiveView(Observer):
         name: str = "run",
         screen: Screen | None = None,
         log_ranks: Collection[int] = (),
+        waiting: str = "starting Ray and a process per device ...",
     ) -> None:
-        """log_ranks: ranks, counted on each host, whose output is shown as well."""
+        """log_ranks: ranks, counted on each host, whose output is shown as well. waiting: shown until the start."""
         self._console = console
         self._screen = screen or screen_for(console)
         self._state = RunState(name)
         self._log_ranks = log_ranks
-        self._starting = console.status("starting Ray and a process per device ...")
+        self._starting = console.status(waiting)
         self._is_open = False
 
     def __enter__(self) -> Self:
