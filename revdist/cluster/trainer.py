@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from revdist.cluster.claim import RunClaim, is_orphaned, refuse_living
+from revdist.cluster.head import HeadWatch
 from revdist.cluster.local import addresses, ray_cluster, session_folder
 from revdist.cluster.observer import Observer, Observers
 from revdist.cluster.run_record import RAY_SESSION
@@ -103,10 +104,12 @@ class Trainer:
             ray_cluster(self.address, num_workers=self.num_cores) as own_ray,
             stop_on_signals() as stop,
         ):
+            found = addresses()
             session = session_folder() if own_ray else os.environ.get(RAY_SESSION, "")
-            claim.update(own_ray=bool(session), ray_session=session, **addresses())
+            claim.update(own_ray=bool(session), ray_session=session, **found)
             try:
-                return self._fit(claim, stop)
+                with HeadWatch(found["ray_address"]) as head:
+                    return self._fit(claim, stop, head)
             except Preempted as error:
                 if error.facts.get("signal") == "SIGINT":
                     raise KeyboardInterrupt(error.message) from error
@@ -125,7 +128,7 @@ class Trainer:
             finally:
                 fleet.kill()
 
-    def _fit(self, claim: RunClaim, stop: StopRequest) -> Result:
+    def _fit(self, claim: RunClaim, stop: StopRequest, head: HeadWatch) -> Result:
         # Ray is connected by now, and its modules can be imported.
         from revdist.cluster.controller import Controller
         from revdist.cluster.logs import LogFiles
@@ -147,7 +150,7 @@ class Trainer:
                 observer,
                 assign=functools.partial(assign, len(crew.places)),
                 checkpoint_folder=self._checkpoint_folder(run_dir),
-                stop_reason=stop,
+                stop_reason=head.or_gone(stop),
             )
             summary = controller.run()
             return Result(run_dir=run_dir, metrics=summary, plans=controller.final_plans)
@@ -156,7 +159,8 @@ class Trainer:
                 controller.gather_logs()
             logs.close()
             writer.close()
-            crew.fleet.kill()
+            if not head.is_gone:  # else Ray ends them, and cannot be asked to
+                crew.fleet.kill()
 
     def _find(self, claim: RunClaim, observer: Observer) -> Crew | None:
         """The replicas of this run that outlived their driver; None where there are none, or none is alive."""
