@@ -30,7 +30,7 @@ WARM_STEPS = 60
 """Steps before the fault."""
 STEPS_AFTER = 40
 """Steps by which it is clear that training goes on."""
-START_S = 120.0
+START_S = 180.0
 LIMIT_S = 45.0
 MEMORY_LEFT = 0.75
 """Part of what a plan needs that is left for the next one."""
@@ -114,6 +114,8 @@ def _examine(subject: Subject, fault: str, folder: Path, limit_s: float) -> Find
 def _signal(subject: Subject, fault: str, folder: Path) -> float:
     rank, number = SIGNALS[fault]
     pid = subject.pid(folder, rank)
+    if pid is None:
+        raise NotStarted(f"{subject.label} has no process of rank {rank}:\n{_outputs(folder)}")
     fault_s = time.time()
     os.kill(pid, number)
     return fault_s

@@ -35,7 +35,7 @@ class Subject:
     launch: Callable[[Path, Mapping[str, str]], None]
     """Start it in a folder with an environment, and come back."""
     steps: Callable[[Path], list[Step]] = steps_of_logs
-    pid: Callable[[Path, int], int] = pid_of_log
+    pid: Callable[[Path, int], int | None] = pid_of_log
     replans: bool = False
     """Whether a rank's work can be changed while it trains."""
 
@@ -111,9 +111,12 @@ def _revdist_steps(folder: Path) -> list[Step]:
     return [Step(float(line["time"]), int(line["step"])) for line in RunReader(folder / "run").metrics()]
 
 
-def _revdist_pid(folder: Path, rank: int) -> int:
-    (reading,) = [one for one in list_devices(directory=folder / "devices") if one.name == f"cpu-{rank}"]
-    return next(holder.pid for holder in reading.holders if holder.name.startswith("revdist"))
+def _revdist_pid(folder: Path, rank: int) -> int | None:
+    for reading in list_devices(directory=folder / "devices"):
+        for holder in reading.holders:
+            if reading.name == f"cpu-{rank}" and holder.name.startswith("revdist"):
+                return holder.pid
+    return None
 
 
 def _start(
