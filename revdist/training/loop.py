@@ -12,7 +12,7 @@ import enum
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from revdist.training.optimizer import learning_rate_factor, set_learning_rate
 from revdist.training.orders import Inbox, Regroup, Shares
 from revdist.training.parts import Parts
 from revdist.training.replicated import Replicated
-from revdist.training.reports import EventReport, Outbox, PlanReport, StepReport
+from revdist.training.reports import Outbox, PlanReport, StepReport, TellEvent
 from revdist.training.row import Row
 
 
@@ -67,12 +67,22 @@ class Loop:
     """Runs the steps of one replica."""
 
     def __init__(
-        self, trained: Trained, inbox: Inbox, outbox: Outbox, *, rank: int, first: Shares, step: int, group: int
+        self,
+        trained: Trained,
+        inbox: Inbox,
+        outbox: Outbox,
+        *,
+        tell: TellEvent,
+        rank: int,
+        first: Shares,
+        step: int,
+        group: int,
     ) -> None:
         """step: taken by the run so far. group: number of the group that this rank is in."""
         self._t = trained
         self._inbox = inbox
         self._outbox = outbox
+        self._tell = tell
         self._meter: MemoryMeter = trained.device.meter()
         self._local = trained.local
         self.rank = rank
@@ -236,9 +246,7 @@ class Loop:
         left_out = self._tolerance.bear(errors)
         for error in errors:
             if error.facts["rank"] == self.rank:
-                self._outbox.put(
-                    self._event("non-finite", f"left out: {error.message}", samples=error.facts["samples"])
-                )
+                self._tell("non-finite", f"left out: {error.message}", samples=error.facts["samples"])
         return left_out
 
     def _update(self) -> None:
@@ -297,18 +305,7 @@ class Loop:
 
     def _smaller_plan(self, shortage: str) -> int:
         """Give way to a lack of memory: adopt a smaller plan at once and return its micro-batch."""
-        self._outbox.put(self._event("out-of-memory", shortage.splitlines()[0]))
+        self._tell("out-of-memory", shortage.splitlines()[0])
         self._t.planner.give_way(self.plan, self._t.memory.budget_bytes())
         self._adopt_plan(self._make_plan(reason="memory-lost"))
         return self.plan.micro_batch
-
-    def _event(self, kind: str, detail: str, **facts: Any) -> EventReport:
-        return EventReport(
-            time=time.time(),
-            step=self.step,
-            kind=kind,
-            rank=self.rank,
-            device=self._t.device.uuid,
-            detail=detail,
-            facts=facts,
-        )

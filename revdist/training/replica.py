@@ -132,7 +132,16 @@ class Replica:
             step, group = (0, 0) if entry is None else (entry.step, entry.order.number)
         if first is None:
             return None
-        return Loop(trained, self._inbox, self._outbox, rank=self.rank, first=first, step=step, group=group)
+        return Loop(
+            trained,
+            self._inbox,
+            self._outbox,
+            tell=self._event,
+            rank=self.rank,
+            first=first,
+            step=step,
+            group=group,
+        )
 
     def _train(self, trained: Trained, loop: Loop) -> bool:
         """Take all steps of the run, through as many groups as it takes; False where told to stop before."""

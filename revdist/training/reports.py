@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any, TypeVar, final
 
 from revdist.errors import RevdistError
@@ -58,6 +59,10 @@ class EventReport:
     device: str
     detail: str
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+TellEvent = Callable[..., None]
+"""Called as `tell(kind, detail, **facts)`, from any thread, to report an event of this replica."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from revdist.training.host_tensors import Staging
 from revdist.training.orders import Shares
 from revdist.training.parts import Parts
 from revdist.training.profile_cache import store_profile
+from revdist.training.reports import TellEvent
 from revdist.training.state import load_training_state, send_state, training_state
 
 _PATIENCE_S = 30.0
@@ -36,9 +37,6 @@ _PATIENCE_S = 30.0
 _SLOW_WRITE_S = 60.0
 """How long a save waits for the one before it; the other ranks wait for this one, and must not give it up."""
 _GENERATORS_FILE = "generators.json"
-
-TellEvent = Callable[..., None]
-"""Called as `event(kind, detail, **facts)`, from any thread."""
 
 
 @final
