@@ -26,7 +26,7 @@ from benchmarks.recovery.watching import Step, end, pause, wait_for
 from revdist.training.run_directory import RunReader
 
 COMMAND = "make bench-faults"
-WARM_STEPS = 60
+WARM_STEPS = 65
 """Steps before the fault."""
 STEPS_AFTER = 40
 """Steps by which it is clear that training goes on."""
@@ -36,8 +36,8 @@ MEMORY_LEFT = 0.75
 """Part of what a plan needs that is left for the next one."""
 METHOD = (
     "Two workers on one machine train a small RevNet, 16 images a step, each launched its own way. A fault is done "
-    "from outside after 60 steps. The pause is the longest time around it without a completed step, less a usual "
-    "step; steps lost are those taken a second time (torchrun and Ray Train go back to a checkpoint, saved here every "
+    "from outside after 65 steps, half-way between checkpoints. The pause is the longest time around it without a "
+    "completed step, less a usual step; steps lost are those taken a second time (torchrun and Ray Train go back to a checkpoint, saved here every "
     f"10 steps). torchft and revdist give a silent worker up after {subjects.HEARTBEAT_S:.0f} s, torchft's collectives "
     "time out after 5 s; the others are as they come. Ranges are over rounds."
 )

@@ -69,8 +69,8 @@ def _round(bench: Bench, cases: Sequence[Case], label: str, say: Callable[[str],
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of short runs, for trying it out")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150, help="of each run")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=120, help="of each run")
     parser.add_argument("--cases", nargs="+", choices=[case.key for case in CASES], metavar="CASE")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     return parser.parse_args(arguments)
