@@ -141,8 +141,10 @@ def test_prometheus_reads_them_from_ray_s_node_during_a_real_run(tmp_path: Path,
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         samples: dict[tuple[str, str, str, str], float] = {}
+        gauges = ("step", "samples_per_s", "share", "generation", "budget_bytes", "peak_bytes", "free_bytes")
+        wanted = {(f"ray_revdist_{name}", "small", rank, f"cpu-{rank}") for name in gauges for rank in ("0", "1")}
         until_s = time.monotonic() + 120
-        while len(samples) < 14 and time.monotonic() < until_s:
+        while not wanted <= set(samples) and time.monotonic() < until_s:
             assert process.poll() is None, process.communicate()[0].decode()
             record = read_record(run_dir) if run_dir.exists() else None
             if record is not None and record.metrics_url and record.state == "running":
