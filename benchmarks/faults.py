@@ -37,9 +37,10 @@ MEMORY_LEFT = 0.75
 METHOD = (
     "Two workers on one machine train a small RevNet, 16 images a step, each launched its own way. A fault is done "
     "from outside after 65 steps, half-way between checkpoints. The pause is the longest time around it without a "
-    "completed step, less a usual step; steps lost are those taken a second time (torchrun and Ray Train go back to a checkpoint, saved here every "
-    f"10 steps). torchft and revdist give a silent worker up after {subjects.HEARTBEAT_S:.0f} s, torchft's collectives "
-    "time out after 5 s; the others are as they come. Ranges are over rounds."
+    "completed step, less a usual step; steps lost are those taken a second time (torchrun and Ray Train go back to "
+    "a checkpoint, saved here every 10 steps). torchft and revdist give a silent worker up after "
+    f"{subjects.HEARTBEAT_S:.0f} s, torchft's collectives time out after 5 s; the others are as they come. "
+    "Ranges are over rounds."
 )
 
 KILL_WORKER, KILL_FIRST, FREEZE, REPLAN = "worker kill -9", "rank 0 kill -9", "worker frozen", "live replan of one rank"
