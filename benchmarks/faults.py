@@ -53,6 +53,7 @@ class NotStarted(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, as Ctrl-C does
     console = Console(width=170)
     chosen = [subject for subject in SUBJECTS if not options.only or subject.key in options.only]
     findings = []
