@@ -27,7 +27,7 @@ def page(
     parts = [
         f"# {title}, {about['date'][:10]}\n",
         f"`{about['command']}`, {about['date']}, commit {about['commit']}. {hardware['cpu']}, {hardware['num_cores']} "
-        f"cores, {hardware['memory_bytes'] / 2**30:.0f} GiB, {about['system']}. {versions}.\n",
+        f"cores, {hardware['memory_bytes'] / 2**30:.0f} GiB, {about['system']}, load {about['load']}. {versions}.\n",
     ]
     if "method" in about:
         parts.append(f"{about['method']}\n")

@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def provenance(distributions: Iterable[str]) -> dict[str, Any]:
-    """Date, hardware, versions of Python and of the distributions, and the commit."""
+    """Date, hardware, how many processes wanted it lately, versions of Python and the distributions, and the commit."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": {
@@ -24,6 +24,7 @@ def provenance(distributions: Iterable[str]) -> dict[str, Any]:
             "num_cores": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
+        "load": round(os.getloadavg()[2], 1),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in sorted(set(distributions))},
         "system": f"{platform.system()} {platform.release()}",
