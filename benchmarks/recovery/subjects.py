@@ -95,6 +95,8 @@ def _revdist_config() -> dict[str, Any]:
         "tensorboard": False,
         "devices": [{"kind": "cpu", "name": f"cpu-{rank}", "capacity": capacity} for rank in range(NUM_WORKERS)],
         "faults": {"heartbeat_s": HEARTBEAT_S},
+        # A part of what is free would make the budget another one as memory is taken away.
+        "memory": {"fragmentation": 0.0},
         "workers": {"max_restarts": 0},
     }
 
