@@ -52,6 +52,7 @@ class Group:
         self._served: Any = None
         self._lock = threading.Lock()
         self._number = -1
+        self._wanted = -1
         self._interrupted = False
         self._ends: frozenset[tuple[str, int]] = frozenset()
         self._own_ports: frozenset[int] = frozenset()
@@ -66,7 +67,8 @@ class Group:
         """
         with self._lock:
             self._number = number
-            self._interrupted = False
+            # The order for a later group may have come before this one was begun.
+            self._interrupted = number < self._wanted
             # The first rank keeps its way to its own store, which serves later groups too.
             self._ends = frozenset({(rendezvous.host, rendezvous.port)} if rendezvous.rank else ())
             self._own_ports = frozenset()
@@ -93,6 +95,7 @@ class Group:
         Collectives under way, here and on the peers, raise an error that `is_broken` recognises.
         """
         with self._lock:
+            self._wanted = max(self._wanted, before)
             if self._number >= before:
                 return
             self._interrupted = True

@@ -132,6 +132,17 @@ def test_an_interrupt_ends_the_wait_for_a_rank_that_does_not_come() -> None:
     assert on_ranks(1, work) == [True]
 
 
+def test_an_interrupt_that_comes_before_the_forming_ends_it_too() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        group.interrupt(2)
+        with pytest.raises(PeersLost, match="another group"):
+            group.join(rendezvous(0, 2, ports[0]), number=1)
+        group.join(rendezvous(0, 1, ports[0], prefix="second"), number=2)
+        return total(0)
+
+    assert on_ranks(1, work) == [1.0]
+
+
 def test_an_interrupt_leaves_a_group_alone_that_is_new_enough() -> None:
     def work(rank: int, group: Group, ports: list[int]) -> Any:
         group.join(rendezvous(rank, 2, ports[0]), number=3)
