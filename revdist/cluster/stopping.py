@@ -71,6 +71,8 @@ def _end_family(record: RunRecord, *, patience_s: float) -> int:
             if process.send(signal.SIGKILL):
                 killed.add(process)
         time.sleep(_TICK_S)
+    # One that is ending has no environment any more by which it could be found, but is there.
+    _wait(lambda: not any(process.alive for process in killed), _DEATH_S)
     return len(killed)
 
 

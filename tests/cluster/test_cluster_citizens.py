@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from runs import Watcher, settings
 
 import revdist
 from revdist.cluster.fleet import hosts
+from revdist.cluster.trainer import Result
 
 pytestmark = pytest.mark.usefixtures("devices_folder", "running_ray")
 
@@ -43,6 +45,7 @@ def test_replicas_go_in_the_given_placement_group_alone(tmp_path: Path) -> None:
     assert len({reading.uuid for reading in watcher.devices}) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_runs_at_once_compute_on_devices_of_their_own(tmp_path: Path) -> None:
     both = threading.Barrier(2, timeout=90)
@@ -61,14 +64,16 @@ def test_two_runs_at_once_compute_on_devices_of_their_own(tmp_path: Path) -> Non
             ).fit()
         except BaseException as error:
             both.abort()
-            results[number] = error
+            results[number] = traceback.format_exception(error)
 
     threads = [threading.Thread(target=train, args=(number,)) for number in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=150)
-    assert [results[number].metrics["steps"] for number in (0, 1)] == [6, 6], results
+    for number in (0, 1):
+        assert isinstance(results[number], Result), "".join(results[number])
+        assert results[number].metrics["steps"] == 6
     uuids = [reading.uuid for watcher in watchers for reading in watcher.devices]
     assert len(set(uuids)) == 2
 
