@@ -23,7 +23,11 @@ Unharmed = Callable[[int], dict[str, Any]]
 
 @pytest.mark.parametrize(
     "devices",
-    [("cpu-1",), ("cpu-0",), ("cpu-0", "cpu-2")],
+    [
+        pytest.param(("cpu-1",), marks=pytest.mark.slow),
+        ("cpu-0",),
+        ("cpu-0", "cpu-2"),
+    ],
     ids=["a worker", "rank 0, which hosts the store and reports", "two at once"],
 )
 def test_killed_ranks_lose_no_step(devices: tuple[str, ...], unharmed: Unharmed, tmp_path: Path) -> None:
@@ -65,6 +69,7 @@ def test_a_lost_rank_is_replaced_at_a_step_boundary(unharmed: Unharmed, tmp_path
     assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
 
 
+@pytest.mark.slow
 def test_a_broken_connection_between_living_ranks_is_mended(unharmed: Unharmed, tmp_path: Path) -> None:
     """Nobody is lost and the shares stay: the result is the same to the bit."""
     common = {"epochs": None, "steps": 30, "planning": {"share": "equal", "profile_cache": False}}
@@ -84,6 +89,7 @@ def test_a_broken_connection_between_living_ranks_is_mended(unharmed: Unharmed, 
         assert tensor.equal(final_state(result.run_dir)[name]), name
 
 
+@pytest.mark.slow
 def test_a_device_that_falls_off_the_bus_takes_its_rank_along(unharmed: Unharmed, tmp_path: Path) -> None:
     harm = Harm(STEPS, lambda harm: None)
     data = {"factory": "small_models:images_on_a_device_that_goes", "kwargs": {"rank": 2, "after_s": 0.2}}
@@ -106,6 +112,7 @@ def test_too_few_ranks_end_the_run_and_the_first_that_failed_is_named(tmp_path: 
     assert (last["kind"], last["rank"]) == ("failed", 1)
 
 
+@pytest.mark.slow
 def test_the_wall_clock_may_jump(unharmed: Unharmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = time.time
 
