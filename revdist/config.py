@@ -111,7 +111,7 @@ class ReplanConfig(Section):
     min_change: float = pydantic.Field(0.05, ge=0)
     """Relative change of the budget below which the plan is kept."""
     settle_s: float = pydantic.Field(1.0, ge=0)
-    """Seconds for which more memory must stay free before it is used. Less memory is met at once."""
+    """Seconds for which more memory must stay free before it is used, or a device be slower before shares change."""
     shares: bool = True
     """Whether shares may change during the run."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import final
 
@@ -15,7 +14,7 @@ from revdist.training.reports import CurveReport
 from revdist.training.row import Row
 
 _WINDOW = 16
-"""Steps under unchanged plans after which measured times may change the shares."""
+"""Fewest steps under unchanged plans after which measured times may change the shares."""
 _LEAST_S = 1e-9
 """No step is faster: keeps ratios finite for models too small to be timed."""
 
@@ -32,7 +31,8 @@ class ShareKeeper:
         self._inverted: dict[int, StepTimeCurve] = {}
         self._factors: dict[int, float] = {}
         self._known: dict[StepTimeCurve, StepTimeCurve] = {}
-        self._times: dict[int, deque[float]] = {}
+        self._times: dict[int, list[float]] = {}
+        self._window_s = 0.0
         self.shares: Shares | None = None
         """None before every member's first curve."""
 
@@ -44,7 +44,7 @@ class ShareKeeper:
         self._keep(member, report)
         if member not in self._members:
             return None
-        self._times.clear()
+        self._forget_times()
         if any(one not in self._curves for one in self._members):
             return None
         if self.shares is None:
@@ -78,17 +78,20 @@ class ShareKeeper:
         ):
             return None
         for member, row in zip(self._members, rows, strict=True):
-            self._times.setdefault(member, deque(maxlen=_WINDOW)).append(row.compute_s)
-        if len(self._times[self._members[0]]) < _WINDOW:
+            self._times.setdefault(member, []).append(row.compute_s)
+        self._window_s += max(row.compute_s for row in rows)
+        num_steps = len(self._times[self._members[0]])
+        # Sixteen steps of milliseconds do not tell a slow device from a busy moment.
+        if num_steps < _WINDOW or self._window_s < self._config.replan.settle_s:
             return None
         better = resplit(
             self._in_order(self._curves),
             self.shares.by_rank,
             [list(self._times[member]) for member in self._members],
             min_gain=max(0.05, self._config.replan.min_change),
-            window=_WINDOW,
+            window=num_steps,
         )
-        self._times.clear()
+        self._forget_times()
         if better is None:
             return None
         self._factors.update(zip(self._members, better.factors, strict=True))
@@ -137,6 +140,10 @@ class ShareKeeper:
                 corrected[id(curve), factor] = curve if factor == 1.0 else curve.scaled(factor)
         return [corrected[id(self._curves[member]), self._factors.get(member, 1.0)] for member in self._members]
 
+    def _forget_times(self) -> None:
+        self._times.clear()
+        self._window_s = 0.0
+
     def _keep(self, member: int, report: CurveReport) -> None:
         """Take a member's curves. Equal ones are kept as one object, which the split counts as one."""
         self._curves[member] = self._known.setdefault(report.curve, report.curve)
@@ -146,7 +153,7 @@ class ShareKeeper:
     def _publish(self, by_rank: tuple[int, ...], *, reason: str) -> Shares:
         generation = 0 if self.shares is None else self.shares.generation + 1
         self.shares = Shares(generation=generation, by_rank=by_rank, reason=reason)
-        self._times.clear()
+        self._forget_times()
         return self.shares
 
     def _in_order(self, curves: dict[int, StepTimeCurve]) -> list[StepTimeCurve]:

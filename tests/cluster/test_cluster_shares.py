@@ -99,6 +99,13 @@ def test_measured_times_change_shares_once_they_persist() -> None:
     assert slow[15].by_rank == (40, 20)
 
 
+def test_short_steps_are_watched_for_longer() -> None:
+    kept = started(0.01, 0.01, replan={"settle_s": 1.0})
+    taken = [kept.take_rows(rows((30, 30), (0.01, 0.02), 0)) for _ in range(55)]
+    changed = [number for number, shares in enumerate(taken) if shares is not None]
+    assert changed == [49]  # 50 steps of 20 ms
+
+
 def test_one_slow_step_is_noise() -> None:
     kept = started(0.01, 0.01)
     times = [(0.3, 0.3)] * 15 + [(0.3, 3.0)]
