@@ -46,7 +46,8 @@ EXECUTED_METHOD = (
     "Every planner plans with one measured profile of the network for five budgets between revdist's smallest plan "
     "and its fastest, and its plans are carried out: modes on the chain, checkpoint plans on torch.utils.checkpoint. "
     "All variants step once a round, in an order drawn anew, in a process that keeps freed memory. Times are process "
-    "CPU time, medians; ratios are medians of ratios within a round. Peaks are those of the CPU device's ledger over parameters and gradients, the batch included. "
+    "CPU time, medians; ratios are medians of ratios within a round. Peaks are those of the CPU device's ledger over "
+    "parameters and gradients, the batch included. "
     "Knapsack planners choose SAVE or INVERT, or RECOMPUTE where an operator has no inverse."
 )
 ROUNDS = 9
