@@ -204,12 +204,12 @@ class Controller:
     def _publish(self, shares: Shares | None) -> None:
         if shares is None:
             return
+        self._fleet.adopt(shares, self._groups.members)  # first of all: ranks wait for the first ones
         if shares.generation == 0:
             self._begin(shares)
         else:
             divided = " + ".join(str(share) for share in shares.by_rank)
             self._event(run_event("replan", self._step, f"generation {shares.generation}: shares {divided}"))
-        self._fleet.adopt(shares, self._groups.members)
 
     def _begin(self, shares: Shares) -> None:
         """Every rank has a plan: from here on the run is on disk."""

@@ -130,7 +130,6 @@ class Trainer:
 
     def _fit(self, claim: RunClaim, stop: StopRequest, head: HeadWatch) -> Result:
         # Ray is connected by now, and its modules can be imported.
-        from revdist.cluster.controller import Controller
         from revdist.cluster.logs import LogFiles
         from revdist.cluster.metrics import RunMetrics
         from revdist.training.run_directory import RunWriter
@@ -141,6 +140,8 @@ class Trainer:
         observer = Observers(claim, logs, RunMetrics(self.config.name), self.observer)
         assign = functools.partial(self._assignment, run_dir)
         crew = self._find(claim, observer) or self._start(claim, observer, assign)
+        from revdist.cluster.controller import Controller  # while replicas load
+
         controller: Controller | None = None
         try:
             controller = Controller(
