@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import threading
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -185,6 +185,11 @@ class Greedy(torch.autograd.Function):
         return grads[0]
 
 
+def wait_for_an_interrupt() -> None:
+    for _ in range(500):
+        time.sleep(0.01)
+
+
 class TestShortage:
     """The callback inside a failing allocation."""
 
@@ -298,8 +303,7 @@ class TestShortage:
             with pytest.raises(torch.OutOfMemoryError):
                 mebibytes(65)
             with pytest.raises(KeyboardInterrupt):
-                for _ in range(500):
-                    time.sleep(0.01)
+                wait_for_an_interrupt()
         finally:
             signal.signal(signal.SIGINT, before)
 
