@@ -28,7 +28,6 @@ from revdist.training.network import listen
 
 if TYPE_CHECKING:
     from revdist.training.orders import Assignment, Inbox, Regroup, Shares
-    from revdist.training.replica import Replica
     from revdist.training.reports import CurveReport, LogReport, Outbox, PlanReport, Report
 
 NUM_THREADS = 6
@@ -81,7 +80,6 @@ class ReplicaActor:
         os.environ.update(environment)
         sys.path.extend(path for path in paths if path not in sys.path)
         self._place = place
-        self._spec = place.spec
         self._location: Location | None = None
         self._assignment: Assignment | None = None
         self._orphan_s = orphan_s
@@ -90,7 +88,6 @@ class ReplicaActor:
         self._listener: socket.socket | None = None
         self._inbox: Inbox | None = None
         self._outbox: Outbox | None = None
-        self._replica: Replica | None = None
         self._co_tenants: dict[CoTenantConfig, subprocess.Popen[bytes]] = {}
 
     def locate(self, address: str) -> Location:
@@ -193,8 +190,7 @@ class ReplicaActor:
         from revdist.training.replica import Replica
 
         assert self._device is not None
-        self._replica = Replica(assignment, self._device, *channels, self._listener)
-        self._replica.run()
+        Replica(assignment, self._device, *channels, self._listener).run()
 
     def _leave_as_orphan(self) -> None:
         """Save and leave once no supervisor has been heard for too long."""
@@ -216,7 +212,7 @@ class ReplicaActor:
 
     def _open(self) -> Device:
         """The device; where any will do, one that no other replica computes on."""
-        spec = self._spec
+        spec = self._place.spec
         name = "" if self._place.any_device else spec.name
         device = open_device(kind=spec.kind, name=name, uuid=self._uuid(), capacity_bytes=spec.capacity)
         if not isinstance(device, CpuDevice):
@@ -231,8 +227,8 @@ class ReplicaActor:
 
     def _uuid(self) -> str:
         """The device's UUID: the one configured, else that of the GPU that Ray reserved for this actor."""
-        if self._spec.kind == "cpu" or self._spec.uuid:
-            return self._spec.uuid
+        if self._place.spec.kind == "cpu" or self._place.spec.uuid:
+            return self._place.spec.uuid
         import ray
 
         (assigned,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]

@@ -8,7 +8,7 @@ themselves, at the same step. It runs in the driver's thread and calls the obser
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
@@ -21,7 +21,6 @@ from revdist.cluster.observer import Observer
 from revdist.cluster.records import device_records, event_record, replan_record, run_event, step_record, summary_record
 from revdist.cluster.rehearsal import Rehearsal
 from revdist.cluster.shares import ShareKeeper
-from revdist.cluster.takeover import last_step
 from revdist.config import RunConfig
 from revdist.errors import Preempted
 from revdist.planning.costs import Plan
@@ -39,7 +38,7 @@ from revdist.training.reports import (
     Report,
     StepReport,
 )
-from revdist.training.run_directory import RunWriter
+from revdist.training.run_directory import RunReader, RunWriter
 
 _TICK_S = 0.1
 _GATHER_S = 2.0
@@ -228,7 +227,7 @@ class Controller:
     def _take_over(self, crew: Crew) -> None:
         """Go on where another supervisor was killed: members tell what it knew, the run directory what it wrote."""
         self._writer.create(self._config)
-        self._last = last_step(self._writer.path / "metrics.jsonl")
+        self._last = next(iter(deque(RunReader(self._writer.path).metrics(), maxlen=1)), None)
         for member, standing in crew.standings.items():
             if standing.plan is not None:
                 self._plans[member].append(standing.plan)

@@ -7,6 +7,7 @@ come last, so that rank 0 has always been there before.
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from typing import Self, final
@@ -15,12 +16,17 @@ from revdist.cluster.actor import Location
 from revdist.training.orders import Regroup, Rendezvous, Shares
 
 
+def new_prefix() -> str:
+    """A name for the groups of a run under one supervisor, among all that could meet at the same store."""
+    return f"revdist-{uuid.uuid4().hex[:12]}"
+
+
 @final
 class Groups:
     """The groups of one run."""
 
     def __init__(self, prefix: str) -> None:
-        """prefix: names the run among others that could meet at the same store."""
+        """prefix: see `new_prefix`."""
         self._prefix = prefix
         self._formed: list[tuple[int, ...]] = []
         self._entered = 0

@@ -7,10 +7,7 @@ by themselves.
 
 from __future__ import annotations
 
-import json
-import uuid
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from revdist.cluster.actor import Standing
 from revdist.cluster.crew import Crew
 from revdist.cluster.fleet import NAMESPACE, Fleet
-from revdist.cluster.groups import Groups
+from revdist.cluster.groups import Groups, new_prefix
 
 ANSWER_S = 10.0
 """A replica that has not answered by then is taken for lost."""
@@ -51,7 +48,7 @@ def find(run_id: str, *, threads: int) -> Crew | None:
     group.sort(key=lambda member: standings[member].rank)
     return Crew(
         fleet=fleet,
-        groups=Groups.taken_over(f"revdist-{uuid.uuid4().hex[:12]}", newest, group),
+        groups=Groups.taken_over(new_prefix(), newest, group),
         locations={member: standing.location for member, standing in standings.items()},
         places={member: standing.place for member, standing in standings.items()},
         standings=standings,
@@ -64,14 +61,6 @@ def end(run_id: str) -> int:
     for actor in actors.values():
         ray.kill(actor)
     return len(actors)
-
-
-def last_step(metrics: Path) -> dict[str, Any] | None:
-    """The last whole line of metrics.jsonl; None where there is none."""
-    if not metrics.exists():
-        return None
-    lines = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return json.loads(lines[-1]) if lines else None
 
 
 def _actors(run_id: str) -> dict[int, Any]:

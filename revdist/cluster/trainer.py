@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -180,13 +179,13 @@ class Trainer:
     def _start(self, claim: RunClaim, observer: Observer, assign: Callable[..., Assignment]) -> Crew:
         """Replicas on the devices that are free, at work on their first group."""
         from revdist.cluster.crew import Crew
-        from revdist.cluster.groups import Groups
+        from revdist.cluster.groups import Groups, new_prefix
 
         places, fleet = self._place(claim.record.run_id if claim.record.detached else None)
         try:
             locations = dict(zip(fleet.members, _locate(places, fleet), strict=True))
             observer.on_start(claim.run_dir, [location.reading for location in locations.values()])
-            groups = Groups(f"revdist-{uuid.uuid4().hex[:12]}")
+            groups = Groups(new_prefix())
             meetings = groups.meet(list(locations), list(locations.values()))
             fleet.start({m: assign(len(places), meeting) for m, meeting in zip(locations, meetings, strict=True)})
         except BaseException:

@@ -9,7 +9,6 @@ wins, and who is behind gets the state from a rank that is there. Newcomers get 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import final
 
@@ -51,12 +50,9 @@ class Membership:
         self.number = 0
         """Number of the group that this replica is in."""
 
-    def lose(self, error: BaseException, *, step: int) -> None:
+    def lose(self) -> None:
         """Say that the group broke."""
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        self._outbox.put(
-            BrokenReport(time=time.time(), rank=self.rank, step=step, group=self.number, detail=detail[:200])
-        )
+        self._outbox.put(BrokenReport(group=self.number))
 
     def follow(self, loop: Loop | None) -> Entry | None:
         """Leave the group and enter the newest one ordered, once it is; None where told to stop meanwhile.
@@ -77,7 +73,7 @@ class Membership:
             except Exception as error:
                 if not is_broken(error):
                     raise
-                self.lose(error, step=_NEWCOMER if loop is None else loop.step)
+                self.lose()
 
     def _await_order(self, *, newcomer: bool) -> Regroup | None:
         order = self._inbox.wait_for_regroup(self.number, timeout_s=None if newcomer else PATIENCE_S)

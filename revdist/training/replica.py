@@ -160,7 +160,7 @@ class Replica:
             except Exception as error:
                 if not is_broken(error):
                     raise
-                self._membership.lose(error, step=self.step)
+                self._membership.lose()
             self._follow()
 
     def _follow(self) -> None:

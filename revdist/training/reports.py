@@ -105,11 +105,8 @@ class Score:
 class BrokenReport:
     """This replica's group is broken, and it waits to be told which one to form."""
 
-    time: float
-    rank: int
-    step: int
     group: int
-    detail: str
+    """Its number."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
