@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from revdist.cluster.observer import Observer
+from revdist.devices.reading import Reading
 from revdist.planning.costs import Plan
 
 
@@ -25,6 +26,21 @@ def settings(*, capacities: Sequence[str] = ("64MiB", "64MiB"), **changes: Any) 
         "replan": {"every_s": 0.05, "settle_s": 0.1},
         **changes,
     }
+
+
+def cpu_reading(name: str, *, uuid: str, host: str, index: int = 0) -> Reading:
+    """A reading of a CPU device whose bytes do not matter."""
+    return Reading(
+        uuid=uuid,
+        name=name,
+        kind="cpu",
+        index=index,
+        host=host,
+        total_bytes=9,
+        free_bytes=9,
+        used_bytes=0,
+        time_s=0,
+    )
 
 
 class Watcher(Observer):

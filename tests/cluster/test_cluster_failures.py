@@ -6,11 +6,11 @@ import pickle
 from typing import Any
 
 import pytest
+from runs import cpu_reading
 
 from revdist.cluster.actor import Location
 from revdist.cluster.failures import first_failure, run_failed
 from revdist.cluster.fleet import Lost
-from revdist.devices.reading import Reading
 from revdist.errors import BudgetTooSmall, FactoryError, NonFiniteLoss, RevdistError, RunFailed
 from revdist.training.reports import FailureReport
 
@@ -19,17 +19,7 @@ HERE = Location(
     address="10.0.0.2",
     pid=77,
     store_port=1,
-    reading=Reading(
-        uuid="CPU-1",
-        name="cpu-1",
-        kind="cpu",
-        index=1,
-        host="host-b",
-        total_bytes=9,
-        free_bytes=9,
-        used_bytes=0,
-        time_s=0,
-    ),
+    reading=cpu_reading("cpu-1", uuid="CPU-1", host="host-b", index=1),
 )
 
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+from runs import cpu_reading
+
 from revdist.cluster.actor import Location
 from revdist.cluster.groups import Groups
-from revdist.devices.reading import Reading
 from revdist.training.orders import Inbox, Regroup, Rendezvous, Shares
 
 
 def location(address: str, port: int) -> Location:
-    reading = Reading(
-        uuid=f"CPU-{port}",
-        name="cpu-0",
-        kind="cpu",
-        index=0,
-        host=address,
-        total_bytes=1,
-        free_bytes=1,
-        used_bytes=0,
-        time_s=0.0,
-    )
+    reading = cpu_reading("cpu-0", uuid=f"CPU-{port}", host=address)
     return Location(host=address, address=address, pid=port, store_port=port, reading=reading)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from runs import settings
+from runs import cpu_reading, settings
 
 import revdist
 from revdist.cluster import metrics
@@ -53,17 +53,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], float]:
 
 
 def reading(name: str) -> Reading:
-    return Reading(
-        uuid=f"CPU-{name}",
-        name=name,
-        kind="cpu",
-        index=0,
-        host="h",
-        total_bytes=9,
-        free_bytes=9,
-        used_bytes=0,
-        time_s=0,
-    )
+    return cpu_reading(name, uuid=f"CPU-{name}", host="h")
 
 
 def step(number: int, *devices: str, pause_s: float = 0.0) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from revdist.cluster.trainer import Result
 from revdist.devices import list_devices
 from revdist.training.checkpoint import read_state
 from revdist.training.checkpoint_files import newest
+from revdist.training.run_directory import RunReader
 
 BOUND = 1e-9
 """Largest difference of a weight in fp64 where shares changed on the way: sums in another order."""
@@ -38,6 +42,36 @@ def is_dead(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def wait_until(done: Callable[[], bool], what: str, patience_s: float = 20) -> None:
+    """Wait until it is done; fails, saying `what` is wrong, where that takes too long."""
+    until_s = time.monotonic() + patience_s
+    while not done():
+        assert time.monotonic() < until_s, what
+        time.sleep(0.05)
+
+
+def launch(config: Path, run_dir: Path, *more: str, **environment: str) -> subprocess.Popen[bytes]:
+    """`revdist launch` as a process of its own, where the small models can be imported."""
+    command = [sys.executable, "-m", "revdist.cli", "launch", str(config), "--run-dir", str(run_dir), *more]
+    path = os.pathsep.join([str(Path(__file__).parent.parent / "training"), str(Path(revdist.__file__).parent.parent)])
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for_steps(run_dir: Path, count: int, process: subprocess.Popen[bytes], patience_s: float = 80) -> None:
+    """Wait until a launched run has taken so many steps."""
+
+    def taken() -> bool:
+        assert process.poll() is None, process.communicate()[0].decode()
+        return (run_dir / "metrics.jsonl").exists() and len(list(RunReader(run_dir).metrics())) >= count
+
+    wait_until(taken, "no step in time", patience_s)
 
 
 class Harm(Watcher):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harm import Harm, assert_nothing_was_lost, final_state, is_dead, run, signals
+from harm import Harm, assert_nothing_was_lost, final_state, is_dead, run, signals, wait_until
 
 from revdist.errors import RunFailed
 from revdist.training.run_directory import RunReader
@@ -48,10 +48,7 @@ def test_a_frozen_rank_is_given_up_and_ended(unharmed: Unharmed, tmp_path: Path)
     )
     (lost,) = harm.kinds("lost")
     assert "did not answer for 2.0 s" in lost["detail"]
-    until_s = time.monotonic() + 20
-    while not is_dead(harm.pids[0]):
-        assert time.monotonic() < until_s
-        time.sleep(0.05)
+    wait_until(lambda: is_dead(harm.pids[0]), "the frozen replica is there")
     assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
 
 

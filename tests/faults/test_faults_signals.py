@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from harm import is_dead
+from harm import is_dead, launch, wait_for_steps, wait_until
 from runs import settings
 
-import revdist
 from revdist.training.checkpoint_files import checkpoints
 from revdist.training.run_directory import RunReader
 
 pytestmark = pytest.mark.usefixtures("devices_folder")
-
-
-def launch(config: Path, run_dir: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "revdist.cli", "launch", str(config), "--run-dir", str(run_dir), *more]
-    path = os.pathsep.join([str(Path(__file__).parent.parent / "training"), str(Path(revdist.__file__).parent.parent)])
-    return subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def wait_for_steps(run_dir: Path, count: int, process: subprocess.Popen[bytes], patience_s: float = 80) -> None:
-    until_s = time.monotonic() + patience_s
-    while not (run_dir / "metrics.jsonl").exists() or len(list(RunReader(run_dir).metrics())) < count:
-        assert process.poll() is None, process.communicate()[0].decode()
-        assert time.monotonic() < until_s, "no step in time"
-        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -52,10 +31,7 @@ def test_a_signal_saves_leaves_nothing_running_and_can_be_resumed(
     process.send_signal(number)
     output = process.communicate(timeout=100)[0].decode()
     assert process.returncode == exit_code, output
-    until_s = time.monotonic() + 10
-    while alive := [child.pid for child in below if not is_dead(child.pid)]:
-        assert time.monotonic() < until_s, alive
-        time.sleep(0.1)
+    wait_until(lambda: all(is_dead(child.pid) for child in below), f"not all of {below} ended", 10)
     steps = [step["step"] for step in RunReader(run_dir).metrics()]
     assert [path.name for path in checkpoints(run_dir / "checkpoints")] == [f"step-{steps[-1]:09d}"]
     config.write_text(json.dumps(settings(epochs=None, steps=steps[-1] + 2)))

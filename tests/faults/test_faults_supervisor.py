@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from harm import BOUND, final_state, holder, is_dead
+from harm import BOUND, final_state, holder, is_dead, launch, wait_until
 from runs import settings
 
-import revdist
 from revdist.cluster.local import addresses
 from revdist.cluster.stopping import stop_run
 from revdist.devices import list_devices
@@ -28,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("devices_folder")
 
 STEPS = 350
 PATIENCE_S = 90.0
-PATHS = os.pathsep.join([str(Path(__file__).parent.parent / "training"), str(Path(revdist.__file__).parent.parent)])
 
 
 @pytest.fixture
@@ -43,7 +39,7 @@ def detached(tmp_path: Path) -> Iterator[Callable[..., Path]]:
             json.dumps(settings(data=slow, epochs=None, steps=STEPS, precision="fp64", tensorboard=False))
         )
         started.append(run_dir)
-        launch(config, run_dir, "--detach", *more, **environment)
+        launch_and_wait(config, run_dir, "--detach", *more, **environment)
         return run_dir
 
     yield start
@@ -55,18 +51,14 @@ def detached(tmp_path: Path) -> Iterator[Callable[..., Path]]:
             stop_run(run_dir, now=True, timeout_s=10)
 
 
-def launch(config: Path, run_dir: Path, *more: str, **environment: str) -> str:
-    command = [sys.executable, "-m", "revdist.cli", "launch", str(config), "--run-dir", str(run_dir), *more]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": PATHS, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=PATIENCE_S,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+def launch_and_wait(config: Path, run_dir: Path, *more: str, **environment: str) -> None:
+    """Launch, and wait for the command to come back."""
+    process = launch(config, run_dir, *more, **environment)
+    try:
+        output = process.communicate(timeout=PATIENCE_S)[0].decode()
+    finally:
+        process.kill()  # does nothing to one that has ended
+    assert process.returncode == 0, output
 
 
 def record(run_dir: Path) -> dict[str, Any]:
@@ -89,13 +81,6 @@ def is_watchman(folder: Path, run_dir: Path) -> bool:
     return b"revdist.cluster.watchman" in words and str(run_dir).encode() in words
 
 
-def wait(done: Callable[[], bool], what: str) -> None:
-    until_s = time.monotonic() + PATIENCE_S
-    while not done():
-        assert time.monotonic() < until_s, what
-        time.sleep(0.1)
-
-
 def steps(run_dir: Path) -> list[int]:
     return [step["step"] for step in RunReader(run_dir).metrics()]
 
@@ -115,8 +100,8 @@ def test_a_killed_driver_is_started_anew_and_misses_nothing(
     driver = record(run_dir)["process"]["pid"]
     replicas = [holder("cpu-0"), holder("cpu-1")]
     os.kill(driver, signal.SIGKILL)
-    wait(lambda: record(run_dir)["process"]["pid"] != driver, "no other driver")
-    wait(lambda: record(run_dir)["state"] == "done", "the run did not end")
+    wait_until(lambda: record(run_dir)["process"]["pid"] != driver, "no other driver", PATIENCE_S)
+    wait_until(lambda: record(run_dir)["state"] == "done", "the run did not end", PATIENCE_S)
     assert [event["kind"] for event in RunReader(run_dir).events()].count("supervisor") == 1
     assert all(is_dead(pid) for pid in replicas)
     assert_unharmed(run_dir, unharmed(STEPS))
@@ -135,7 +120,7 @@ def test_resume_finds_replicas_that_nobody_supervises(
         os.kill(pid, signal.SIGKILL)
     time.sleep(1)
     assert not any(is_dead(pid) for pid in replicas)
-    launch(tmp_path / "small.yaml", run_dir, "--resume", address)
+    launch_and_wait(tmp_path / "small.yaml", run_dir, "--resume", address)
     assert not checkpoints(run_dir / "checkpoints")[:-1]  # it went on from memory, not from disk
     assert_unharmed(run_dir, unharmed(STEPS))
 
@@ -148,6 +133,6 @@ def test_replicas_that_nobody_comes_back_to_save_and_leave(detached: Callable[..
     replicas = [holder("cpu-0"), holder("cpu-1")]
     for pid in pids(run_dir):
         os.kill(pid, signal.SIGKILL)
-    wait(lambda: all(is_dead(pid) for pid in replicas), "replicas stayed")
+    wait_until(lambda: all(is_dead(pid) for pid in replicas), "replicas stayed", PATIENCE_S)
     assert checkpoints(run_dir / "checkpoints")
     assert not [one for reading in list_devices() for one in reading.holders]

@@ -28,8 +28,11 @@ def rendezvous(rank: int, world_size: int, port: int, *, prefix: str = "first") 
     )
 
 
-def on_ranks(world_size: int, work: Callable[..., Any]) -> list[Any]:
-    """Run `work(rank, group, ports)` in one process per rank; returns what each made, None for one that is dead."""
+def on_ranks(world_size: int, work: Callable[..., Any], *, answering: int | None = None) -> list[Any]:
+    """Run `work(rank, group, ports)` in one process per rank; returns what each made, None for one that is dead.
+
+    answering: the first so many ranks are waited for, the others killed once these have answered; None: all.
+    """
     context = multiprocessing.get_context("fork")
     listeners = [listen("127.0.0.1") for _ in range(world_size)]
     ports = [listener.getsockname()[1] for listener in listeners]
@@ -42,7 +45,7 @@ def on_ranks(world_size: int, work: Callable[..., Any]) -> list[Any]:
         pipes.append(ours)
         processes.append(process)
     try:
-        return [_receive(pipe) for pipe in pipes]
+        return [_receive(pipe) for pipe in pipes[:answering]]
     finally:
         for process in processes:
             process.kill()
@@ -100,26 +103,7 @@ def test_an_interrupt_ends_a_collective_that_waits_for_a_frozen_peer() -> None:
         group.join(rendezvous(0, 1, ports[0], prefix="second"), number=1)
         return total(0)
 
-    # The frozen rank says nothing; it is killed at the end.
-    context = multiprocessing.get_context("fork")
-    listeners = [listen("127.0.0.1") for _ in range(2)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    ours, theirs = context.Pipe()
-    unread = context.Pipe()
-    processes = [
-        context.Process(target=_run, args=(work, rank, listeners[rank], ports, pipe))
-        for rank, pipe in ((0, theirs), (1, unread[1]))
-    ]
-    for process in processes:
-        process.start()
-    try:
-        assert _receive(ours) == 1.0
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-        for listener in listeners:
-            listener.close()
+    assert on_ranks(2, work, answering=1) == [1.0]  # the frozen rank says nothing
 
 
 def test_an_interrupt_ends_the_wait_for_a_rank_that_does_not_come() -> None:
