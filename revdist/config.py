@@ -65,14 +65,16 @@ class WorkersConfig(Section):
     min: int = pydantic.Field(1, ge=1)
     max: int | None = pydantic.Field(None, ge=1)
     max_restarts: int = pydantic.Field(3, ge=0)
-    """Lost replicas that are replaced, over the whole run; those beyond stay lost."""
+    """Lost replicas that are replaced, and starts of all from the last checkpoint, over the whole run."""
 
 
 class FaultsConfig(Section):
-    """When a replica counts as lost."""
+    """When a replica, or the Ray head, counts as lost."""
 
     heartbeat_s: float = pydantic.Field(5.0, gt=0)
     """Seconds without an answer after which a replica is given up: frozen, or its host or network is gone."""
+    head_s: float | None = pydantic.Field(None, gt=0)
+    """Seconds for which the Ray head may be away before the run saves and leaves; none: half of Ray's own patience."""
 
 
 class MemoryConfig(Section):

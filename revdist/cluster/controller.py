@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 from revdist.cluster.crew import Crew
-from revdist.cluster.failures import Failure, first_failure, run_failed
+from revdist.cluster.failures import Failure, first_failure, is_loss, run_failed
 from revdist.cluster.fleet import Lost
 from revdist.cluster.logs import LogGatherer
 from revdist.cluster.mending import Mender
 from revdist.cluster.observer import Observer
 from revdist.cluster.records import device_records, event_record, replan_record, run_event, step_record, summary_record
 from revdist.cluster.rehearsal import Rehearsal
+from revdist.cluster.restarting import Restarter
 from revdist.cluster.shares import ShareKeeper
 from revdist.config import RunConfig
-from revdist.errors import Preempted
+from revdist.errors import NoFreeDevice, Preempted, RevdistError, RunFailed
 from revdist.planning.costs import Plan
 from revdist.training.checkpoint_files import checkpoints
 from revdist.training.orders import Assignment, Shares
@@ -59,21 +60,21 @@ class Controller:
         observer: Observer,
         *,
         assign: Callable[[], Assignment],
+        restarter: Restarter,
         checkpoint_folder: str,
         stop_reason: Callable[[], str | None],
     ) -> None:
-        """assign: what a newcomer is to do.
+        """assign: what a newcomer is to do. restarter: starts all anew where none is left.
         stop_reason: asked often; why the run shall save and end, None while it shall not.
         """
         self._config = config
         self._fleet = crew.fleet
-        self._groups = crew.groups
         self._writer = writer
         self._observer = observer
+        self._assign = assign
+        self._restarter = restarter
         self._checkpoint_folder = checkpoint_folder
         self._stop_reason = stop_reason
-        self._keeper = ShareKeeper(config, crew.groups.members)
-        self._mender = Mender(config, crew, self._keeper, assign=assign, event=self._event)
         self._logs = LogGatherer(observer)
         self._rehearsal = Rehearsal(config.co_tenants, crew.locations, crew.fleet)
         self._plans: dict[int, list[PlanReport]] = defaultdict(list)
@@ -81,17 +82,29 @@ class Controller:
         self._early_events: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
         self._num_steps = 0
-        self._first_step = 0
+        self._origin: int | None = None
+        """Step at which the run began, or went on; None: it has not."""
         self._samples = 0
         self._train_s = 0.0
         self._began_s = time.monotonic()
         self._stop_by_s: float | None = None
+        self._lead(crew, restarts=0)
         if crew.standings:
             self._take_over(crew)
 
+    def _lead(self, crew: Crew, *, restarts: int) -> None:
+        """Take charge of replicas. restarts: of those that `workers.max_restarts` allows, how many are used up."""
+        self._groups = crew.groups
+        self._keeper = ShareKeeper(self._config, crew.groups.members)
+        self._mender = Mender(
+            self._config, crew, self._keeper, assign=self._assign, event=self._event, restarts=restarts
+        )
+        self._first_step = 0
+        self._last = None
+
     @property
     def started(self) -> bool:
-        """Whether training has begun, and with it the run directory."""
+        """Whether these replicas have begun to train."""
         return self._keeper.shares is not None
 
     @property
@@ -130,7 +143,10 @@ class Controller:
             self._mender.find_silent(self._ended)
         failed = bool(self._mender.failures)
         if failed and (not self.started or self._mender.is_beyond_mending()):
-            self._fail()
+            self._gather()
+            if not self._restart():
+                raise self._failed(self._error())
+            return
         self._mender.mend(self._ended)
         if self.started and not self._ended and self._stop_by_s is None:
             self._mender.grow()
@@ -213,8 +229,11 @@ class Controller:
     def _begin(self, shares: Shares) -> None:
         """Every rank has a plan: from here on the run is on disk."""
         undone = self._writer.create(self._config, step=self._first_step)
+        if self._origin is None:
+            self._origin = self._first_step
         for event in self._early_events:
             self._writer.event(event)
+        self._early_events.clear()
         divided = " + ".join(str(share) for share in shares.by_rank)
         detail = f"{len(self._groups.members)} replicas, {self._num_steps} steps, shares {divided}"
         if self._first_step:
@@ -227,6 +246,8 @@ class Controller:
     def _take_over(self, crew: Crew) -> None:
         """Go on where another supervisor was killed: members tell what it knew, the run directory what it wrote."""
         self._writer.create(self._config)
+        starts = [event["step"] for event in RunReader(self._writer.path).events() if event["kind"] == "start"]
+        self._origin = starts[-1] if starts else -1
         self._last = next(iter(deque(RunReader(self._writer.path).metrics(), maxlen=1)), None)
         for member, standing in crew.standings.items():
             if standing.plan is not None:
@@ -246,7 +267,7 @@ class Controller:
 
     def _event(self, record: dict[str, Any]) -> None:
         self._observer.on_event(record)
-        if self.started:
+        if self._origin is not None:
             self._writer.event(record)
         else:
             self._early_events.append(record)
@@ -260,7 +281,8 @@ class Controller:
         if reason is None:
             return
         if not self.started:
-            raise Preempted(f"stopped by {reason} before the first step: nothing was written", signal=reason)
+            what = "nothing was written" if self._origin is None else "go on from the last checkpoint with --resume"
+            raise Preempted(f"stopped by {reason} before the first step: {what}", signal=reason)
         if self._stop_by_s is None:
             self._stop_by_s = time.monotonic() + _SAVE_S
             self._event(run_event("preempted", self._step, f"{reason}: saving at the next step boundary"))
@@ -282,25 +304,68 @@ class Controller:
             step=self._step,
         )
 
-    def _fail(self) -> None:
-        """Let the other ranks say what they saw, then raise what happened first."""
+    def _gather(self) -> None:
+        """Let the other ranks say what they saw, where what is known so far does not tell what is to be done."""
         until_s = time.monotonic() + _GATHER_S
-        while self._mender.left and time.monotonic() < until_s and _all_follow(self._mender.failures.values()):
+        while self._mender.left and time.monotonic() < until_s:
+            failures = self._mender.failures.values()
+            if not (_all_follow(failures) or (self.started and all(map(is_loss, failures)))):
+                return
             for member, said in self._fleet.reports(_TICK_S):
                 self._take(member, said)
+
+    def _restart(self) -> bool:
+        """Start all anew where no replica is left to go on; whether that was called for, and allowed."""
+        source = self._restarter.source(self._origin)
+        if source is None or not self._may_restart:
+            return False
+        restarts, error = self._mender.restarts + 1, self._error()
+        allowed = self._config.workers.max_restarts
+        self._mender.give_up(then="all start again")
+        detail = f"no replica is left: all start again from {source}, restart {restarts} of {allowed}"
+        self._event(run_event("restart", self._step, detail))
+        over = self._step
+        try:
+            crew = self._restarter.restart(self._fleet)
+        except NoFreeDevice as trouble:
+            raise self._failed(RunFailed(f"{error.message}; and {trouble.message}", **error.facts)) from trouble
+        self._lead(crew, restarts=restarts)
+        there = {location.reading.name for location in crew.locations.values()}
+        coming = [one for one in self._config.co_tenants if one.to_step > over and one.device in there]
+        self._rehearsal = Rehearsal(coming, crew.locations, crew.fleet)
+        self._observer.on_regroup(self._mender.readings)
+        return True
+
+    @property
+    def _may_restart(self) -> bool:
+        """Whether replicas are lost, rather than their work impossible, and none is left that could go on."""
+        return (
+            self._origin is not None
+            and self._stop_by_s is None
+            and self._mender.restarts < self._config.workers.max_restarts
+            and all(is_loss(failure) for failure in self._mender.failures.values())
+            and not (self.started and self._mender.holding)
+        )
+
+    def _error(self) -> RevdistError:
+        """What happened first, as the error that the run ends with."""
         failures = self._mender.failures
         failure = first_failure(list(failures.values()))
         (member,) = [one for one, other in failures.items() if other is failure]
         location = self._mender.location(member)
-        error = run_failed(
+        return run_failed(
             failure,
             location,
-            started=self.started,
+            started=self._origin is not None,
             resumable=bool(checkpoints(self._checkpoint_folder)),
             run_dir=self._writer.path,
         )
-        self._event(run_event("failed", self._step, error.message, rank=failure.rank, device=location.reading.uuid))
-        raise error
+
+    def _failed(self, error: RevdistError) -> RevdistError:
+        """Write down that the run failed; returns the error."""
+        facts = {key: error.facts[key] for key in ("rank", "device") if key in error.facts}
+        self._event(run_event("failed", self._step, error.message, **facts))
+        return error
 
     def _finish(self) -> dict[str, Any]:
         summary = summary_record(

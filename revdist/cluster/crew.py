@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 from revdist.cluster.actor import Location, Standing
 from revdist.cluster.fleet import Fleet
-from revdist.cluster.groups import Groups
+from revdist.cluster.groups import Groups, new_prefix
 from revdist.cluster.placement import Place
-from revdist.training.orders import Shares
+from revdist.training.orders import Assignment, Rendezvous, Shares
+
+Assign = Callable[[int, Rendezvous], Assignment]
+"""What a replica is to do, given how many there shall be and where it meets the others."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +27,17 @@ class Crew:
     places: Mapping[int, Place]
     standings: Mapping[int, Standing] = dataclasses.field(default_factory=dict)
     """What members have told that another supervisor led so far; empty for those that start now."""
+
+    @classmethod
+    def at_work(
+        cls, fleet: Fleet, places: Mapping[int, Place], locations: Mapping[int, Location], assign: Assign
+    ) -> Self:
+        """Let replicas that have their devices begin, as the first group. Raises what starting them raises."""
+        groups = Groups(new_prefix())
+        members = list(locations)
+        meetings = groups.meet(members, list(locations.values()))
+        fleet.start({m: assign(len(members), meeting) for m, meeting in zip(members, meetings, strict=True)})
+        return cls(fleet=fleet, groups=groups, locations=locations, places=places)
 
     @property
     def is_whole(self) -> bool:

@@ -47,7 +47,14 @@ def run_failed(
     )
     return kind(
         f"{where} failed: {cause}" + (f"; {remedy}" if remedy else ""),
-        **{**facts, "rank": failure.rank, "host": location.host, "cause": cause, "remedy": remedy},
+        **{
+            **facts,
+            "rank": failure.rank,
+            "host": location.host,
+            "device": location.reading.uuid,
+            "cause": cause,
+            "remedy": remedy,
+        },
     )
 
 
@@ -58,6 +65,13 @@ def is_survivable(failure: Failure) -> bool:
     memory = isinstance(failure.error, BudgetTooSmall) or failure.error.facts.get("cause") == "OutOfMemoryError"
     accelerator = failure.error.facts.get("cause") == "AcceleratorError"
     return failure.follows or isinstance(failure.error, DeviceError) or memory or accelerator
+
+
+def is_loss(failure: Failure) -> bool:
+    """Whether a process or its device is gone, so that another one can do what it did."""
+    if isinstance(failure, Lost):
+        return True
+    return failure.follows or isinstance(failure.error, DeviceError)
 
 
 def what_failed(failure: Failure) -> str:

@@ -11,13 +11,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from revdist.cluster.actor import NUM_THREADS, Location, ReplicaActor
 from revdist.cluster.placement import Host, Place
 from revdist.config import CoTenantConfig
+from revdist.errors import RevdistError
 from revdist.training.orders import Assignment, Regroup, Shares
 from revdist.training.reports import LogReport, Report
 
@@ -145,6 +146,16 @@ class Fleet:
         """Where actors run, with their devices open. Raises what opening a device raises."""
         calls = [self.find(member, address) for member, address in addresses.items()]
         return [self.get(call) for call in calls]
+
+    def locate_soon(self, addresses: Mapping[int, str], *, timeout_s: float) -> dict[int, Location]:
+        """As `locate`, of those actors alone that answer in time and can open their device."""
+        calls = {self.find(member, address): member for member, address in addresses.items()}
+        ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
+        located = {}
+        for call in ready:
+            with contextlib.suppress(RayError, RevdistError):
+                located[calls[call]] = self.get(call)
+        return {member: located[member] for member in addresses if member in located}
 
     def find(self, member: int, address: str) -> Any:
         """Ask an actor where it runs, once its device is open; the answer comes with `get`."""

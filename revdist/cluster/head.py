@@ -2,7 +2,7 @@
 
 Training needs the head for nothing but starting and ending actors, so it goes on without. Ray, though, ends
 the driver and every process on the other hosts once the head has been gone for a minute. By then the run
-has saved.
+has saved. A head that comes back before, with its state kept, is no loss.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self, final
 
 from revdist.cluster.address import parse_address
+from revdist.errors import ConfigError
 
 _LOOK_S = 1.0
 _RAY_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
@@ -27,12 +28,20 @@ _RAY_GIVES_UP_S = 60.0
 class HeadWatch:
     """Looks after the head at an address, while it is entered."""
 
-    def __init__(self, address: str) -> None:
-        """address: `HOST:PORT` of Ray's GCS."""
+    def __init__(self, address: str, *, patience_s: float | None = None) -> None:
+        """address: `HOST:PORT` of Ray's GCS. patience_s: seconds for which it may be away; None: half of Ray's.
+
+        Raises ConfigError where Ray would be the first to give up.
+        """
         self._end = parse_address(address)
         self.address = address
-        patience_s = float(os.environ.get(_RAY_PATIENCE, _RAY_GIVES_UP_S))
-        self._leave_s = patience_s / 2
+        ray_s = float(os.environ.get(_RAY_PATIENCE, _RAY_GIVES_UP_S))
+        self._leave_s = ray_s / 2 if patience_s is None else patience_s
+        if self._leave_s >= ray_s:
+            raise ConfigError(
+                f"faults.head_s is {self._leave_s:g}, and Ray ends all processes {ray_s:g} s after its head is gone: "
+                f"set it lower, to leave time for saving, or {_RAY_PATIENCE} higher on every host of the cluster"
+            )
         self._seen_s = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="revdist-head", daemon=True)

@@ -35,15 +35,16 @@ class Mender:
         *,
         assign: Callable[[], Assignment],
         event: Callable[[dict[str, Any]], None],
+        restarts: int = 0,
     ) -> None:
-        """assign: what a newcomer is to do. event: told what happens."""
+        """assign: what a newcomer is to do. event: told what happens. restarts: as `Recruiter`."""
         self._config = config
         self._fleet = crew.fleet
         self._groups = crew.groups
         self._keeper = keeper
         self._event = event
         self._locations = dict(crew.locations)
-        self._recruiter = Recruiter(config, crew.fleet, crew.places, assign=assign, tell=self._tell)
+        self._recruiter = Recruiter(config, crew.fleet, crew.places, assign=assign, tell=self._tell, restarts=restarts)
         self._new: dict[int, Failure] = {}
         self._lost: set[int] = set()
         self._joining: list[int] = []
@@ -64,6 +65,11 @@ class Mender:
     def failures(self) -> dict[int, Failure]:
         """What happened to members since the group was last mended."""
         return dict(self._new)
+
+    @property
+    def restarts(self) -> int:
+        """Replacements of lost members, and starts of all of them, so far."""
+        return self._recruiter.restarts
 
     @property
     def readings(self) -> list[Reading]:
@@ -121,6 +127,12 @@ class Mender:
         enough = self.holding and len(self.left) >= self._config.workers.min
         return not enough or not all(is_survivable(failure) for failure in self._new.values())
 
+    def give_up(self, *, then: str) -> None:
+        """Nothing is left to mend: say who is lost. then: what happens now."""
+        for member, failure in self._new.items():
+            self._tell_lost(member, failure, then)
+        self._new.clear()
+
     def mend(self, ended: Collection[int]) -> None:
         """Let the members that are left form another group where some are lost, or where theirs broke."""
         for member, failure in self._new.items():
@@ -154,12 +166,15 @@ class Mender:
 
     def _lose(self, member: int, failure: Failure) -> None:
         self._lost.add(member)
-        location = self._locations[member]
         replaced = self._recruiter.lose(member)
         then = "once a device is free, it is replaced" if replaced else "it is not replaced: see workers.max_restarts"
-        detail = f"{describe(failure, location)}; the others go on; {then}"
-        self._event(run_event("lost", self._step, detail, rank=failure.rank, device=location.reading.uuid))
+        self._tell_lost(member, failure, f"the others go on; {then}")
         self._fleet.forget(member)
+
+    def _tell_lost(self, member: int, failure: Failure, then: str) -> None:
+        location = self._locations[member]
+        detail = f"{describe(failure, location)}; {then}"
+        self._event(run_event("lost", self._step, detail, rank=failure.rank, device=location.reading.uuid))
 
     def _joined(self, member: int, *, rank: int) -> dict[str, Any]:
         location = self._locations[member]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -38,16 +39,19 @@ class Place:
     """Another CPU device of the host will do, where another run computes on this one."""
 
 
-def place(config: RunConfig, hosts: Sequence[Host]) -> tuple[Place, ...]:
+def place(config: RunConfig, hosts: Sequence[Host], *, partly: bool = False) -> tuple[Place, ...]:
     """One place per replica, replicas of a host next to each other.
 
     CPU devices are dealt out over the hosts in turn, GPUs go where Ray has them free.
+    partly: as many of the devices listed as there are, and `workers.min` at least, will do.
 
     Raises NoFreeDevice where the cluster has too few, BatchTooSmall where a replica would have no sample.
     """
     homes = _Homes(hosts, threads=config.threads_per_worker)
     automatic = config.devices == "auto"
     specs = (homes.automatic() if config.devices == "auto" else list(config.devices))[: config.workers.max]
+    if partly:
+        specs = _those_with_room(specs, _Homes(hosts, threads=config.threads_per_worker))
     if len(specs) < config.workers.min:
         raise NoFreeDevice(
             f"{len(specs)} devices are free and the run wants {config.workers.min}: lower workers.min, "
@@ -147,6 +151,15 @@ class _Homes:
             f"no free core: each replica takes {self._threads} and Ray has {total} free on {len(self._hosts)} hosts; "
             "list fewer devices, or end other jobs of the cluster"
         )
+
+
+def _those_with_room(specs: Sequence[DeviceSpec], homes: _Homes) -> list[DeviceSpec]:
+    fitting = []
+    for spec in specs:
+        with contextlib.suppress(NoFreeDevice):
+            homes.take(spec)
+            fitting.append(spec)
+    return fitting
 
 
 def _named(chosen: Sequence[tuple[Host, DeviceSpec]]) -> list[tuple[Host, DeviceSpec]]:

@@ -36,6 +36,8 @@ class _Newcomer:
     found: Any
     """Answer to the question where it runs, as it comes."""
     asked_s: float
+    replaces: bool
+    """Whether it takes the place of a member that was lost."""
     location: Location | None = None
     ready: bool = False
 
@@ -52,9 +54,11 @@ class Recruiter:
         *,
         assign: Callable[[], Assignment],
         tell: Callable[[str], None],
+        restarts: int = 0,
     ) -> None:
         """places: of the members that the run started with. assign: what a newcomer is to do.
         tell: called with a line about a newcomer that could not be used.
+        restarts: of those that `workers.max_restarts` allows, how many are used up.
         """
         self._config = config
         self._fleet = fleet
@@ -63,13 +67,13 @@ class Recruiter:
         self._tell = tell
         placed = {place.spec.name for place in places.values()}
         listed = () if config.devices == "auto" else config.devices
-        # Where another supervisor led the run so far, devices may be missing already.
+        # Where another supervisor led the run so far, or all began again, devices may be missing already.
         self._lost = [
             Place(rank=-1, node_id="", address="", spec=spec)
             for spec in listed
             if spec.name and spec.name not in placed
         ]
-        self._restarts = 0
+        self._restarts = restarts
         self._failed = 0
         self._newcomers: dict[int, _Newcomer] = {}
         self._next_look_s = 0.0
@@ -85,6 +89,11 @@ class Recruiter:
         if self._config.devices != "auto":
             limits.append(len(self._config.devices))
         return min(limits)
+
+    @property
+    def restarts(self) -> int:
+        """Lost members replaced so far, and what the run used up before; those on their way do not count yet."""
+        return self._restarts - sum(newcomer.replaces for newcomer in self._newcomers.values())
 
     def lose(self, member: int) -> bool:
         """A member is lost; whether it will be replaced where a device is found."""
@@ -135,14 +144,13 @@ class Recruiter:
         place = place_another(self._config, answering, tuple(self._places.values()), lost, rank=-1)
         if place is None:
             return
-        for before in lost:
-            if before.spec == place.spec:
-                self._lost.remove(before)
-                self._restarts += 1
-                break
+        before = next((one for one in lost if one.spec == place.spec), None)
+        if before is not None:
+            self._lost.remove(before)
+            self._restarts += 1
         member = self._fleet.add(place)
         self._places[member] = place
-        self._newcomers[member] = _Newcomer(place, self._fleet.find(member, place.address), now_s)
+        self._newcomers[member] = _Newcomer(place, self._fleet.find(member, place.address), now_s, before is not None)
 
     @property
     def _may_look(self) -> bool:

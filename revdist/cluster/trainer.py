@@ -107,7 +107,7 @@ class Trainer:
             session = session_folder() if own_ray else os.environ.get(RAY_SESSION, "")
             claim.update(own_ray=bool(session), ray_session=session, **found)
             try:
-                with HeadWatch(found["ray_address"]) as head:
+                with HeadWatch(found["ray_address"], patience_s=self.config.faults.head_s) as head:
                     return self._fit(claim, stop, head)
             except Preempted as error:
                 if error.facts.get("signal") == "SIGINT":
@@ -140,7 +140,9 @@ class Trainer:
         assign = functools.partial(self._assignment, run_dir)
         crew = self._find(claim, observer) or self._start(claim, observer, assign)
         from revdist.cluster.controller import Controller  # while replicas load
+        from revdist.cluster.restarting import Restarter
 
+        stop_reason = head.or_gone(stop)
         controller: Controller | None = None
         try:
             controller = Controller(
@@ -149,8 +151,14 @@ class Trainer:
                 writer,
                 observer,
                 assign=functools.partial(assign, len(crew.places)),
+                restarter=Restarter(
+                    self.config,
+                    assign=lambda resume: functools.partial(self._assignment, run_dir, resume=resume),
+                    checkpoint_folder=self._checkpoint_folder(run_dir),
+                    stop_reason=stop_reason,
+                ),
                 checkpoint_folder=self._checkpoint_folder(run_dir),
-                stop_reason=head.or_gone(stop),
+                stop_reason=stop_reason,
             )
             summary = controller.run()
             return Result(run_dir=run_dir, metrics=summary, plans=controller.final_plans)
@@ -179,24 +187,15 @@ class Trainer:
     def _start(self, claim: RunClaim, observer: Observer, assign: Callable[..., Assignment]) -> Crew:
         """Replicas on the devices that are free, at work on their first group."""
         from revdist.cluster.crew import Crew
-        from revdist.cluster.groups import Groups, new_prefix
 
         places, fleet = self._place(claim.record.run_id if claim.record.detached else None)
         try:
             locations = dict(zip(fleet.members, _locate(places, fleet), strict=True))
             observer.on_start(claim.run_dir, [location.reading for location in locations.values()])
-            groups = Groups(new_prefix())
-            meetings = groups.meet(list(locations), list(locations.values()))
-            fleet.start({m: assign(len(places), meeting) for m, meeting in zip(locations, meetings, strict=True)})
+            return Crew.at_work(fleet, dict(zip(fleet.members, places, strict=True)), locations, assign)
         except BaseException:
             fleet.kill()
             raise
-        return Crew(
-            fleet=fleet,
-            groups=groups,
-            locations=locations,
-            places=dict(zip(fleet.members, places, strict=True)),
-        )
 
     def _place(self, run_id: str | None = None) -> tuple[Sequence[Place], Fleet]:
         """Where replicas go, and their actors. run_id: given, they outlive this process."""
@@ -217,7 +216,10 @@ class Trainer:
                     raise
             time.sleep(0.1)
 
-    def _assignment(self, run_dir: Path, world_size: int, rendezvous: Rendezvous | None = None) -> Assignment:
+    def _assignment(
+        self, run_dir: Path, world_size: int, rendezvous: Rendezvous | None = None, *, resume: bool | None = None
+    ) -> Assignment:
+        """resume: given, it says what this trainer's does else."""
         from revdist.training.orders import Assignment
 
         return Assignment(
@@ -225,7 +227,7 @@ class Trainer:
             rendezvous=rendezvous,
             world_size=world_size,
             checkpoints=self._checkpoint_folder(run_dir),
-            resume=self.resume,
+            resume=self.resume if resume is None else resume,
             data=self.datasets,
         )
 

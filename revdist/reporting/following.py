@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ class GrowingLines:
         """newest_bytes: skip what lies before so many bytes from the end; None: read all."""
         self._path = path
         self._offset = 0
+        self._file_number: int | None = None
+        self._newest_s = float("-inf")
         size = path.stat().st_size if path.exists() else 0
         if newest_bytes is not None and size > newest_bytes:
             with path.open("rb") as file:
@@ -48,13 +51,20 @@ class GrowingLines:
     def new(self) -> list[dict[str, Any]]:
         try:
             with self._path.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                if self._file_number not in (None, number):  # written anew, without the steps that were lost
+                    self._offset = 0
+                self._file_number = number
                 file.seek(self._offset)
                 block = file.read()
         except FileNotFoundError:
             return []
         block = block[: block.rfind(b"\n") + 1]
+        replaced = self._offset == 0
         self._offset += len(block)
-        return list(_parsed(block))
+        lines = [line for line in _parsed(block) if not replaced or line.get("time", 0.0) > self._newest_s]
+        self._newest_s = max((line.get("time", 0.0) for line in lines), default=self._newest_s)
+        return lines
 
 
 def _parsed(block: bytes) -> Iterator[dict[str, Any]]:

@@ -29,6 +29,7 @@ EVENT_STYLES: Mapping[str, str] = {
     "non-finite": "bold yellow",
     "lost": "bold red",
     "regroup": "bold cyan",
+    "restart": "bold red",
     "supervisor": "yellow",
     "preempted": "bold yellow",
 }

@@ -45,6 +45,7 @@ EVENT_KINDS = (
     "lost",
     "joined",
     "regroup",
+    "restart",
     "supervisor",
     "checkpoint",
     "checkpoint-failed",
@@ -80,8 +81,11 @@ class RunWriter:
         step: steps of the run that its state holds. Lines of later ones are removed, since these steps were
         lost and will be taken again; returns how many. None: the run is under way.
 
+        Called again, it goes on with new files where those steps were removed.
+
         Raises ConfigError where it cannot be made or written.
         """
+        self.close()
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o750)
             (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")

@@ -16,6 +16,7 @@ from harm import launch, wait_for_steps, wait_until
 from runs import settings
 
 from revdist.cluster.head import HeadWatch
+from revdist.errors import ConfigError
 from revdist.training.network import listen
 from revdist.training.run_directory import RunReader
 
@@ -39,6 +40,16 @@ def test_a_head_that_does_not_answer_for_long_is_gone(head: socket.socket, monke
         wait_until(lambda: reason() is not None, "the head is not missed")
         assert f"{host}:{port}" in str(reason())
         assert watch.or_gone(lambda: "SIGTERM")() == "SIGTERM"
+
+
+def test_patience_is_configured_and_ends_before_rays(head: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "4")
+    host, port = head.getsockname()
+    with pytest.raises(ConfigError, match=r"faults.head_s is 4, and Ray ends all processes 4 s after"):
+        HeadWatch(f"{host}:{port}", patience_s=4)
+    with HeadWatch(f"{host}:{port}", patience_s=1.5) as watch:
+        head.close()
+        wait_until(lambda: watch.is_gone, "the head is not missed")
 
 
 @pytest.mark.slow
