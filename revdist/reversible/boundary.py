@@ -13,11 +13,12 @@ from revdist.reversible.operator import Operator, Streams
 class Boundary:
     """The streams between two operators, with their versions when they were noted."""
 
-    __slots__ = ("_layouts", "_name", "_offload", "_streams", "_versions")
+    __slots__ = ("_before", "_layouts", "_offload", "_streams", "_versions")
 
-    def __init__(self, name: str, streams: Streams) -> None:
-        self._name = name
-        self._streams = tuple(stream.detach() for stream in streams)
+    def __init__(self, streams: Streams, *, before: Operator | None) -> None:
+        """The input of operator `before`; of none: the output of the chain."""
+        self._before = before
+        self._streams = tuple([stream.detach() for stream in streams])
         self._versions = [stream._version for stream in streams]
         self._offload: Offload | None = None
         self._layouts: tuple[Layout, ...] = ()
@@ -27,8 +28,9 @@ class Boundary:
         if self._offload is not None:
             return self.found_in(self._offload.fetch())
         if any(s._version != version for s, version in zip(self._streams, self._versions, strict=True)):
+            name = "the output of the chain" if self._before is None else f"the input of operator {self._before.name}"
             raise BoundaryModified(
-                f"{self._name} was edited in place, but the backward rebuilds activations from it: "
+                f"{name} was edited in place, but the backward rebuilds activations from it: "
                 "edit a clone instead, or set inplace=False"
             )
         return self._streams
@@ -53,7 +55,7 @@ class Exit:
     """The end of a chain: what comes after the last operator."""
 
     def __init__(self, outputs: Streams) -> None:
-        self.boundary = Boundary("the output of the chain", outputs)
+        self.boundary = Boundary(outputs, before=None)
 
     def available(self) -> Streams:
         """The output of the chain, which always is."""

@@ -8,8 +8,8 @@ before once it ends, also where it ends with an exception.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -42,14 +42,17 @@ class Ambience:
             return self
         return Ambience(self._device, self._autocast)
 
-    @contextlib.contextmanager
-    def entered(self, *, random: bool) -> Iterator[None]:
+    def entered(self, *, random: bool) -> contextlib.AbstractContextManager[None]:
         """Inside, autocast is as it was; if `random`, the present random state comes back afterwards."""
+        casts = [cast for cast in self._autocast if cast[1] or torch.is_autocast_enabled(cast[0])]
+        return self._entered(casts, random=random) if casts or random else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _entered(self, casts: Iterable[tuple[str, bool, torch.dtype, bool]], *, random: bool) -> Iterator[None]:
         present = _random_state(self._device) if random else ()
         with contextlib.ExitStack() as stack:
-            for device_type, enabled, dtype, cached in self._autocast:
-                if enabled or torch.is_autocast_enabled(device_type):
-                    stack.enter_context(torch.autocast(device_type, dtype, enabled, cached))
+            for device_type, enabled, dtype, cached in casts:
+                stack.enter_context(torch.autocast(device_type, dtype, enabled, cached))
             try:
                 yield
             finally:
@@ -66,7 +69,7 @@ class Conditions:
 
     __slots__ = (
         "_ambience", "_collectives", "_drew", "_flags", "_lost", "_modules", "_notes", "_operator", "_parameters",
-        "_snapshots", "_versions", "statistics",
+        "_snapshots", "_statistics", "_versions",
     )  # fmt: skip
 
     def __init__(self, operator: Operator, ambience: Ambience) -> None:
@@ -81,13 +84,20 @@ class Conditions:
         self._collectives = operator.communication.watch(training=self._flags[0])
         self._notes = Notes()
         self._lost = ""
-        self.statistics = BatchStatistics(self._modules)
+        self._statistics: BatchStatistics | None = None
 
-    @contextlib.contextmanager
-    def first_run(self) -> Iterator[None]:
+    @property
+    def statistics(self) -> BatchStatistics:
+        """What batch norms take in the forward; made when it is first asked for, since not every mode asks."""
+        if self._statistics is None:
+            pairs = zip(self._modules, self._flags, strict=True)
+            self._statistics = BatchStatistics(module for module, training in pairs if training)
+        return self._statistics
+
+    def first_run(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the forward runs: what it decides with others or once and for all is kept."""
-        with self._notes.taking(), self._collectives or contextlib.nullcontext():
-            yield
+        notes = self._notes.taking()
+        return notes if self._collectives is None else _both(notes, self._collectives)
 
     def close(self, ambience: Ambience) -> None:
         """Note what the forward, which has just ended, changed."""
@@ -100,12 +110,14 @@ class Conditions:
         self._notes = Notes()
         self._snapshots = []
         self._collectives = None
-        self.statistics = BatchStatistics(())
+        self._statistics = BatchStatistics(())
 
     def owned_ids(self) -> set[int]:
         """Identities of the operator's parameters, and of its buffers as they are now."""
-        owned = {id(buffer) for member in self._modules for buffer in member._buffers.values()}
-        owned.update(map(id, self._parameters))
+        owned = set(map(id, self._parameters))
+        for member in self._modules:
+            if member._buffers:
+                owned.update(map(id, member._buffers.values()))
         return owned
 
     @contextlib.contextmanager
@@ -157,15 +169,25 @@ class Conditions:
                 member.training = training
 
 
+@contextlib.contextmanager
+def _both(
+    notes: contextlib.AbstractContextManager[None], collectives: contextlib.AbstractContextManager[Any]
+) -> Iterator[None]:
+    with notes, collectives:
+        yield
+
+
 def _members(module: nn.Module) -> list[nn.Module]:
     """The module and all below it, each once; `Module.modules` makes a name for each and takes much longer."""
     members = {module: None}
     pending = [module]
     while pending:
-        for child in pending.pop()._modules.values():
-            if child is not None and child not in members:
-                members[child] = None
-                pending.append(child)
+        children = pending.pop()._modules
+        if children:
+            for child in children.values():
+                if child is not None and child not in members:
+                    members[child] = None
+                    pending.append(child)
     return list(members)
 
 

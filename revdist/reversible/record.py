@@ -1,12 +1,14 @@
 """What one operator's forward leaves for its backward: handles in place of saved tensors.
 
 Ordinary autograd runs. `saved_tensors_hooks` hands every tensor that the forward saves to
-`Record.pack`, which returns a `Handle`; the backward asks the handle through `unpack`, and where its
+the record, which returns a `Handle`; the backward gives the handle to `Record.unpack`, and where its
 tensor is gone the record runs the operator once more and fills all of its handles.
 
 Who keeps what alive is what makes memory fall during the backward as it does in plain autograd:
-autograd owns handles, a handle owns its record, a record knows its handles only weakly. A record
+autograd owns handles and, through `unpack`, their record; a record knows its handles only weakly. A record
 owns the one after it until it has got its outputs, since those may have to be rebuilt from the exit.
+
+Packing and unpacking happen some twenty times an operator, so they are written for speed.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ class Record:
 
     __slots__ = (
         "__weakref__", "_after", "_before", "_conditions", "_first_size", "_handles", "_inputs", "_may_invert",
-        "_offload", "_owned_ids", "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "linked",
-        "mode", "operator",
+        "_offload", "_owned_ids", "_packed", "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete",
+        "linked", "mode", "operator",
     )  # fmt: skip
 
     def __init__(
@@ -61,7 +63,7 @@ class Record:
     ) -> None:
         self.operator = operator
         self.mode = mode
-        self.boundary: Boundary | None = Boundary(f"the input of operator {operator.name}", inputs)
+        self.boundary: Boundary | None = Boundary(inputs, before=operator)
         """The operator's inputs, held in every mode but INVERT so that the operator before can be inverted."""
         self.begun = False
         """Whether the backward has asked for a tensor."""
@@ -69,10 +71,12 @@ class Record:
         """Whether a backward that frees the graph has yet to come."""
         self.complete = False
         """Whether the forward has ended and what comes after it is known."""
-        self._inputs = tuple((stream.requires_grad, stream.dtype) for stream in inputs)
+        self._inputs = tuple([(stream.requires_grad, stream.dtype) for stream in inputs])
         self._conditions = Conditions(operator, ambience)
         self._owned_ids = self._conditions.owned_ids()
         self._handles: list[weakref.ref[Handle]] = []
+        self._packed: list[Tensor | None] = []
+        """In the order saved, while tensors are kept: parameters and buffers, None for the next handle."""
         self._rebuilt: Streams | None = None
         self._offload: Offload | None = None
         self._before = weakref.ref(before) if before is not None else None
@@ -82,22 +86,57 @@ class Record:
         self._shortage = shortage
         self._may_invert = may_invert and Mode.INVERT in operator.modes
 
-    def pack(self, tensor: Tensor) -> Handle | Owned:
-        """Called by autograd with each tensor that the forward saves."""
+    def _keep(self, tensor: Tensor) -> Handle | Owned:
+        """Called by autograd with each tensor that the forward saves: kept until the backward asks."""
+        if id(tensor) in self._owned_ids:
+            self._packed.append(tensor)
+            return tensor, tensor._version
+        kept = tensor.detach()
+        base = tensor._base
+        if base is not None and id(base) in self._owned_ids:
+            self._packed.append(kept)
+            return kept, tensor._version
+        handle = Handle(kept, tensor._version)
+        self._handles.append(weakref.ref(handle))
+        self._packed.append(None)
+        return handle
+
+    def _note(self, tensor: Tensor) -> Handle | Owned:
+        """The same where nothing is kept but what batch norms took: the backward has it rebuilt."""
         base = tensor._base
         owned = id(tensor if base is None else base) in self._owned_ids
-        if statistics := self._conditions.statistics:
-            statistics.notice(tensor, owned=owned)
+        self._conditions.statistics.notice(tensor, owned=owned)
         if owned:
-            return Owned(self, tensor)
-        handle = Handle(self, tensor, keep=self.mode in (Mode.SAVE, Mode.OFFLOAD))
+            return (tensor if base is None else tensor.detach()), tensor._version
+        handle = Handle(None, tensor._version, (tensor.shape, tensor.dtype))
         self._handles.append(weakref.ref(handle))
         return handle
 
     def run(self, inputs: Streams) -> Streams:
         """The operator's forward, with what it saves handed to this record."""
-        with inside_operator(), self._conditions.first_run(), saved_tensors_hooks(self.pack, unpack):
+        pack = self._keep if self.mode in (Mode.SAVE, Mode.OFFLOAD) else self._note
+        with inside_operator(), self._conditions.first_run(), saved_tensors_hooks(pack, self.unpack):
             return self.operator.forward(inputs)
+
+    def unpack(self, packed: Handle | Owned) -> Tensor:
+        """Called by autograd when the backward needs a saved tensor."""
+        if isinstance(packed, tuple):
+            tensor, version = packed
+        else:
+            if self.linked:
+                self.begin()
+            if packed.tensor is None:
+                self.rebuild()
+                assert packed.tensor is not None
+            tensor, version = packed.tensor, packed.version
+            if self.mode is not Mode.SAVE and _graph_is_kept():
+                packed.drop()  # the graph stays, its activations need not
+        if tensor._version != version:
+            raise BoundaryModified(
+                f"a tensor that the backward of operator {self.operator.name} needs was edited in place after it was "
+                f"saved: version {tensor._version}, saved at {version}; edit a clone instead, or set inplace=False"
+            )
+        return tensor
 
     def end_forward(self, outputs: Streams, ambience: Ambience) -> None:
         """Note what the forward left. Raises BoundaryModified where it edited its input in place."""
@@ -275,8 +314,7 @@ class Record:
     def release(self, part: Part) -> None:
         """Drop a part of what the record keeps, of a forward whose backward will not be run."""
         if part == "internals":
-            for handle in self.handles():
-                handle.drop()
+            self._drop_internals()
         elif part == "boundary":
             self.boundary = None
         else:
@@ -294,6 +332,19 @@ class Record:
             self.boundary = None
         else:
             self.mode = Mode.RECOMPUTE
+        self._drop_internals()
+
+    def _drop_internals(self) -> None:
+        """Let saved tensors go, but what a replay is given: what batch norms took is looked for only now."""
+        saved = (reference() for reference in self._handles)
+        for tensor in self._packed:
+            if tensor is not None:
+                self._conditions.statistics.notice(tensor, owned=True)
+            elif (handle := next(saved)) is not None and handle.tensor is not None:
+                self._conditions.statistics.notice(handle.tensor, owned=False)
+            else:
+                self._conditions.statistics.interrupted()
+        self._packed = []
         for handle in self.handles():
             handle.drop()
 
@@ -302,23 +353,3 @@ class Record:
         if isinstance(after, Record):
             return after.boundary is not None or after._rebuilt is not None or not after.begun
         return isinstance(after, Exit)
-
-
-def unpack(handle: Handle | Owned) -> Tensor:
-    """Called by autograd when the backward needs a saved tensor."""
-    record = handle.record
-    if record.linked:
-        record.begin()
-    tensor = handle.tensor
-    if tensor is None:
-        record.rebuild()
-        tensor = handle.tensor
-        assert tensor is not None
-    if tensor._version != handle.version:
-        raise BoundaryModified(
-            f"a tensor that the backward of operator {record.operator.name} needs was edited in place after it was "
-            f"saved: version {tensor._version}, saved at {handle.version}; edit a clone instead, or set inplace=False"
-        )
-    if isinstance(handle, Handle) and record.mode is not Mode.SAVE and _graph_is_kept():
-        handle.drop()  # the graph stays, its activations need not
-    return tensor

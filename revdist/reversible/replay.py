@@ -94,7 +94,7 @@ class Replay:
         base = tensor._base
         if id(tensor if base is None else base) not in self._owned_ids:
             self.captured.append((tensor.detach(), tensor._version))
-            if self.complete and not self._inputs_wanted:
+            if not self._inputs_wanted and self.complete:
                 raise Complete
 
 

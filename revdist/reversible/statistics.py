@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, cast
 
 import torch
@@ -34,7 +34,8 @@ class BatchStatistics:
 
     __slots__ = ("_expected", "_found", "_norm", "_norms", "_taken")
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        """`modules`: those that train."""
         self._norms = {id(norm._buffers["running_mean"]): norm for norm in _known(modules)}
         self._taken: dict[_BatchNorm, tuple[Tensor, ...]] = {}
         """Mean and inverse deviation; nothing where a norm was called twice."""
@@ -44,18 +45,20 @@ class BatchStatistics:
         """Identities of the parameters and buffers that it saves next."""
         self._found: list[Tensor] = []
 
-    def __bool__(self) -> bool:
-        """Whether there is anything to look for."""
-        return bool(self._norms)
-
     def notice(self, tensor: Tensor, *, owned: bool) -> None:
         """Told of each tensor that the forward saves, in order; `owned` ones are parameters and buffers."""
+        if not self._norms:
+            return
         norm = self._norms.get(id(tensor)) if owned else None
         if norm is not None:
             self._norm, self._found = norm, []
             self._expected = [id(other) for other in (norm.running_var, norm.weight) if other is not None]
         elif self._norm is not None and not self._goes_on(self._norm, tensor, owned=owned):
             self._norm = None
+
+    def interrupted(self) -> None:
+        """Told instead of a tensor that is there no more."""
+        self._norm = None
 
     def _goes_on(self, norm: _BatchNorm, tensor: Tensor, *, owned: bool) -> bool:
         """Whether more of the norm's forward is to come."""
@@ -93,13 +96,13 @@ class BatchStatistics:
                 del norm.__dict__["forward"]
 
 
-def _known(modules: Sequence[nn.Module]) -> Iterator[_BatchNorm]:
-    """The batch norms in training whose forward is the one described above.
+def _known(modules: Iterable[nn.Module]) -> Iterator[_BatchNorm]:
+    """The batch norms among modules that train whose forward is the one described above.
 
     Looks into their dictionaries, for every operator of every forward asks and attributes of modules are slow.
     """
     for module in modules:
-        if type(module) in _NORMS and module.training and "forward" not in module.__dict__:
+        if type(module) in _NORMS and "forward" not in module.__dict__:
             mean = module._buffers.get("running_mean")
             if mean is not None and mean.is_cpu and mean.dtype in _DTYPES and "weight" in module._parameters:
                 yield cast(_BatchNorm, module)

@@ -191,9 +191,11 @@ def test_exact_couplings_stay_exact_in_any_layout(norm, autocast, layout):
         assert torch.equal(one, other)
 
 
-def test_taking_statistics_is_not_repeated(monkeypatch):
+@pytest.mark.parametrize("demoted", [False, True])
+def test_taking_statistics_is_not_repeated(monkeypatch, demoted):
     chain = chain_of(nn.BatchNorm2d)
-    chain.set_schedule(uniform(chain, *INVERT))
+    if not demoted:
+        chain.set_schedule(uniform(chain, *INVERT))
     training = []
     batch_norm = F.batch_norm
 
@@ -205,6 +207,8 @@ def test_taking_statistics_is_not_repeated(monkeypatch):
     loss = chain(torch.randn(3, 8, 5, 5)).sum()
     num_norms = 8
     assert training == [True] * num_norms
+    if demoted:
+        assert chain.demote(2**60) > 0
     loss.backward()
     assert training[num_norms:] == [False] * num_norms
 

@@ -162,3 +162,13 @@ def test_stepping_the_optimizer_before_the_backward_is_refused():
         chain.get_parameter("1.f.0.bias").add_(1)
     with pytest.raises(BoundaryModified, match=r"a parameter of operator 1\.f"):
         loss.backward()
+
+
+def test_editing_a_frozen_weight_before_the_backward_is_refused():
+    """Its operator saves nothing else, so nothing of it is rebuilt or looked at otherwise."""
+    chain = ReversibleChain({"stem": nn.Linear(6, 6), "frozen": nn.Linear(6, 6).requires_grad_(False)})
+    loss = chain(torch.randn(2, 6)).sum()
+    with torch.no_grad():
+        chain.get_parameter("frozen.weight").mul_(2)
+    with pytest.raises(BoundaryModified, match="operator frozen"):
+        loss.backward()
