@@ -25,7 +25,7 @@ METHOD = (
     "A RevNet for digits on two CPU devices, each replica on a core of its own with one thread, 64 samples a step. "
     "Per round every way trains once in every case, one after the other; throughput is by the median step after a "
     "third of the run, with changing memory by all steps after it; ratios are taken within a round and tables show "
-    "medians over rounds. Plain DDP is written by hand and started by torchrun: autograd as usual, equal shares, one "
+    "medians over rounds. Plain DDP is written by hand: autograd as usual, equal shares, one "
     "micro-batch size that fits both devices at their worst. Proportional: the same with shares by what each device "
     "does alone, and for each rank the largest micro-batch that fits. Alone: revdist on one device, the other idle."
 )

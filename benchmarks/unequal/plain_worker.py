@@ -1,8 +1,9 @@
-"""One rank of a data-parallel training written by hand, on a CPU device and a core: `torchrun plain_worker.py JOB`.
+"""One rank of a data-parallel training written by hand, on a CPU device and a core: `plain_worker.py JOB`.
 
-JOB holds, as JSON, per rank its core, the name and capacity of its device and its share of the batch;
-the number of steps; whether all ranks use one micro-batch size, as a job with one configuration does; and where
-the first rank writes the seconds of each step. The gradient is that of the whole batch whatever the shares.
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun sets them. JOB holds, as JSON, per rank its
+core, the name and capacity of its device and its share of the batch; the number of steps; whether all ranks use
+one micro-batch size, as a job with one configuration does; and where the first rank writes the seconds of each
+step. The gradient is that of the whole batch whatever the shares.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def main() -> None:
     if RANK == 0:
         Path(JOB["out"]).write_text(json.dumps({"seconds": seconds, "micro_batch": micro_batch}), encoding="utf-8")
     dist.barrier()
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads, when torn down with the interpreter, now and then abort a process that is done
 
 
 def _largest_micro_batch(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> int:

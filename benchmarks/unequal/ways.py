@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,11 @@ class Bench:
     steps: int
 
     def plain(self, case: Case, shares: Sequence[int], *, same_micro_batch: bool) -> Outcome:
-        """DistributedDataParallel written by hand, started by torchrun. One micro-batch size for all, or one each."""
+        """DistributedDataParallel written by hand. One micro-batch size for all, or one each.
+
+        torchrun would start each rank in a session of its own, and Linux shares a core between sessions first
+        (autogroups): against a neighbour its ranks would get more of a core than Ray's. So all are in this session.
+        """
         job_folder = Path(tempfile.mkdtemp(dir=self.folder))
         out = job_folder / "out.json"
         job = {
@@ -70,9 +76,11 @@ class Bench:
             "out": str(out),
         }
         (job_folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        with neighbour(case):
-            _run([*torchrun, str(WORKER), str(job_folder / "job.json")], self._environment(job_folder))
+        rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        command = [sys.executable, str(WORKER), str(job_folder / "job.json")]
+        environment = self._environment(job_folder) | rendezvous
+        with neighbour(case), ThreadPoolExecutor() as pool:
+            list(pool.map(lambda rank: _run(command, environment | {"RANK": rank}), ["0", "1"]))
         seconds = json.loads(out.read_text(encoding="utf-8"))["seconds"]
         return Outcome(step_s=tuple(seconds), shares=tuple(shares), settled=self.steps // 3)
 
@@ -174,6 +182,12 @@ def _pin_threads(pid: int, core: int) -> None:
             os.sched_setaffinity(thread.id, {core})
         except ProcessLookupError:
             continue
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+    return port
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> None:
