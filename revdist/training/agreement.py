@@ -46,7 +46,7 @@ def next_generation(rows: Sequence[Row]) -> int:
 
 
 def next_group(rows: Sequence[Row]) -> int:
-    """The newest group that every rank has been told to form."""
+    """The newest group that every rank is ready to change to."""
     return min(row.newest_group for row in rows)
 
 

@@ -11,26 +11,19 @@ import contextlib
 import os
 import socket
 import threading
-import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
 
-from revdist.errors import RunFailed
+from revdist.training.connections import Connections, PeersLost
 from revdist.training.network import interface_of
 from revdist.training.orders import Rendezvous
-from revdist.training.sockets import TcpSocket, shut_down, tcp_sockets
 
-_LOOK_S = 0.005
-"""Pause between looks for ranks that have not come yet."""
-_CONNECT_S = 20.0
-"""Longest time that ranks which are all there need to connect to each other."""
-
-
-class PeersLost(Exception):
-    """The group is broken: a rank, or the way to it, is gone, or another group has been ordered."""
+_BACKEND = "connected_gloo"
+"""Name under which torch takes gloo's connections that are there already."""
 
 
 def is_broken(error: BaseException) -> bool:
@@ -43,19 +36,29 @@ def is_broken(error: BaseException) -> bool:
 
 @final
 class Group:
-    """The group that this rank is in. One thread joins and leaves; any thread may interrupt it."""
+    """The group that this rank is in. One thread joins and leaves; any thread may prepare the next or interrupt."""
 
     def __init__(self, kind: str, listener: socket.socket | None) -> None:
         """kind: of the device, `cpu` or `cuda`. listener: where this rank's store listens, were it the first."""
-        self._backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        self._has_nccl = kind == "cuda"
         self._listener = listener
         self._served: Any = None
         self._lock = threading.Lock()
-        self._number = -1
+        self._current: Connections | None = None
+        self._coming: Connections | None = None
         self._wanted = -1
-        self._interrupted = False
-        self._ends: frozenset[tuple[str, int]] = frozenset()
-        self._own_ports: frozenset[int] = frozenset()
+        self._begun = -1
+
+    def prepare(self, rendezvous: Rendezvous, *, number: int) -> None:
+        """Connect to the ranks of the next group while this one works on: `join` finds that done.
+
+        Raises as `join` does.
+        """
+        with self._lock:
+            if number <= self._begun:  # the group at work broke, and `join` needed the next one at once
+                return
+            self._coming = connections = self._expect(rendezvous, number)
+        connections.make(lambda: self._store(rendezvous))
 
     def join(self, rendezvous: Rendezvous, *, number: int = 0) -> None:
         """Form the default process group: gloo for CPU tensors, and NCCL for CUDA tensors on a `cuda` device.
@@ -65,106 +68,94 @@ class Group:
         Raises PeersLost where `interrupt` ended it or the connection broke, RunFailed where ranks did not
         come in time.
         """
-        with self._lock:
-            self._number = number
-            # The order for a later group may have come before this one was begun.
-            self._interrupted = number < self._wanted
-            # The first rank keeps its way to its own store, which serves later groups too.
-            self._ends = frozenset({(rendezvous.host, rendezvous.port)} if rendezvous.rank else ())
-            self._own_ports = frozenset()
         announce(rendezvous)
-        try:
-            store = dist.PrefixStore(rendezvous.prefix, self._store(rendezvous))  # type: ignore[attr-defined]
-            self._meet(store, "here", rendezvous, str(rendezvous.rank))
-            own_ports = self._connect(store, rendezvous)
-            ends = self._meet(store, "ends", rendezvous, " ".join([rendezvous.address, *map(str, own_ports)]))
-        except (dist.DistError, RuntimeError) as error:
-            raise PeersLost(f"ranks could not connect: {error}") from error
         with self._lock:
-            self._own_ports = own_ports
-            self._ends = frozenset((text.split()[0], int(port)) for text in ends for port in text.split()[1:])
-        self._check()
+            coming, self._coming = self._coming, None
+            prepared = coming is not None and coming.number == number
+            self._current = current = coming if prepared and coming else self._expect(rendezvous, number)
+        if not prepared:
+            if coming is not None:
+                coming.interrupt()
+            current.make(lambda: self._store(rendezvous))
+        self._adopt(current)
 
     def join_alone(self) -> None:
         """Form a group of this rank only, until it is told which one to join."""
-        dist.init_process_group(self._backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        backend = "cpu:gloo,cuda:nccl" if self._has_nccl else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
     def interrupt(self, before: int) -> None:
-        """End whatever waits for a peer in a group, or the forming of one, whose number is below `before`.
+        """End whatever waits for a peer in a group, or in the forming of one, whose number is below `before`.
 
         Collectives under way, here and on the peers, raise an error that `is_broken` recognises.
         """
         with self._lock:
             self._wanted = max(self._wanted, before)
-            if self._number >= before:
-                return
-            self._interrupted = True
-        self._shut_down()
+            early = [one for one in (self._current, self._coming) if one is not None and one.number < before]
+            in_current = self._current in early
+        for connections in early:
+            connections.interrupt()
+        if in_current:
+            self._abort_nccl()
 
     def leave(self) -> None:
         """Leave the group, once no DistributedDataParallel of this process uses it any more.
 
         Peers that wait for this rank stop waiting.
         """
-        if dist.is_initialized():
-            self._shut_down()
-            dist.destroy_process_group()
+        if not dist.is_initialized():
+            return
+        with self._lock:
+            current, self._current = self._current, None
+        if current is not None:
+            current.shut_down()
+            self._abort_nccl()
+        dist.destroy_process_group()
 
-    def _store(self, rendezvous: Rendezvous) -> Any:
-        if rendezvous.rank == 0 and self._listener is not None:
-            if self._served is None:
-                self._served = _store(rendezvous, self._listener)
-            return self._served
-        return _store(rendezvous, None)
+    def _expect(self, rendezvous: Rendezvous, number: int) -> Connections:
+        self._begun = number
+        connections = Connections(rendezvous, number=number)
+        if number < self._wanted:  # the order for a later group may have come before this one was begun
+            connections.interrupt()
+        return connections
 
-    def _meet(self, store: Any, what: str, rendezvous: Rendezvous, word: str) -> list[str]:
-        """Leave a word for the others and collect theirs, in rank order."""
-        store.set(f"{what}/{rendezvous.rank}", word)
-        missing = [f"{what}/{rank}" for rank in range(rendezvous.world_size)]
-        until_s = time.monotonic() + rendezvous.timeout_s
-        while missing := [key for key in missing if not store.check([key])]:
-            self._check()
-            if time.monotonic() > until_s:
-                late = ", ".join(key.rpartition("/")[2] for key in missing)
-                raise RunFailed(f"rank {late} did not come to the others within {rendezvous.timeout_s:.0f} s")
-            time.sleep(_LOOK_S)
-        return [store.get(f"{what}/{rank}").decode() for rank in range(rendezvous.world_size)]
-
-    def _connect(self, store: Any, rendezvous: Rendezvous) -> frozenset[int]:
-        """Connect to all ranks, which are there; returns the ports that they connect to."""
-        before = {found.inode for found in tcp_sockets()}
+    def _adopt(self, connections: Connections) -> None:
+        """Make connections that are there the default process group."""
+        store, gloo = connections.wait()
+        rendezvous = connections.rendezvous
+        dist.Backend.register_backend(_BACKEND, _once(gloo), devices=["cpu"])
         dist.init_process_group(
-            self._backend,
+            f"cpu:{_BACKEND},cuda:nccl" if self._has_nccl else _BACKEND,
             store=store,
             rank=rendezvous.rank,
             world_size=rendezvous.world_size,
-            timeout=timedelta(seconds=min(rendezvous.timeout_s, _CONNECT_S)),
+            timeout=timedelta(seconds=rendezvous.timeout_s),
         )
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=rendezvous.timeout_s))
-        return frozenset(found.local_port for found in tcp_sockets() if found.listening and found.inode not in before)
 
-    def _check(self) -> None:
-        if self._interrupted:
-            raise PeersLost("another group has been ordered")
+    def _store(self, rendezvous: Rendezvous) -> Any:
+        """A way of its own to the store, which the first rank serves."""
+        if rendezvous.rank == 0 and self._listener is not None and self._served is None:
+            self._served = _store(rendezvous, self._listener)
+        return _store(rendezvous, None)
 
-    def _shut_down(self) -> None:
-        with self._lock:
-            own_ports, ends = self._own_ports, self._ends
-        shut_down(found for found in tcp_sockets() if _belongs(found, own_ports, ends))
-        if "nccl" in self._backend and dist.is_initialized() and dist.get_world_size() > 1:
-            _abort_nccl()
-
-
-def _belongs(found: TcpSocket, own_ports: frozenset[int], ends: frozenset[tuple[str, int]]) -> bool:
-    """Whether a connection was made to this rank's part of the group, or by it to a peer's."""
-    return not found.listening and (found.local_port in own_ports or (found.remote_address, found.remote_port) in ends)
+    def _abort_nccl(self) -> None:
+        """End NCCL's collectives, which have no sockets of their own that could be shut down."""
+        group = dist.group.WORLD
+        if self._has_nccl and group is not None and dist.get_world_size() > 1:
+            with contextlib.suppress(RuntimeError, AttributeError):
+                group._get_backend(torch.device("cuda")).abort()  # type: ignore[attr-defined,unused-ignore]
 
 
-def _abort_nccl() -> None:
-    """End NCCL's collectives, which have no sockets of their own that could be shut down."""
-    group = dist.group.WORLD
-    with contextlib.suppress(RuntimeError, AttributeError):
-        group._get_backend(torch.device("cuda")).abort()  # type: ignore[union-attr,unused-ignore]
+def _once(connected: Any) -> Callable[..., Any]:
+    """Gives torch the connected backend where it asks first; groups that user code forms within get their own."""
+    ready = [connected]
+
+    def create(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+        if ready:
+            return ready.pop()
+        return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+
+    return create
 
 
 def _store(rendezvous: Rendezvous, listener: socket.socket | None) -> Any:

@@ -53,7 +53,7 @@ class Pause(enum.Enum):
 
     DONE = "the run is at its end"
     STOPPED = "a rank was asked to leave"
-    REGROUP = "all ranks know of another group to form"
+    REGROUP = "all ranks are ready for another group"
 
 
 _UNKNOWN = -1
@@ -222,7 +222,7 @@ class Loop:
             stop=self._inbox.stop_reason is not None,
             save=self._wants_to_save,
             newest_generation=self._inbox.newest_generation,
-            newest_group=self._inbox.newest_group,
+            newest_group=self._inbox.ready_group,
             generation=self.shares.generation,
             share=self.plan.share,
             micro_batch=self.plan.micro_batch,

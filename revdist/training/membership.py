@@ -9,6 +9,8 @@ wins, and who is behind gets the state from a rank that is there. Newcomers get 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import threading
 from collections.abc import Sequence
 from typing import final
 
@@ -21,6 +23,8 @@ from revdist.training.loop import Loop, Trained
 from revdist.training.orders import Inbox, Regroup
 from revdist.training.reports import BrokenReport, Outbox, StepReport
 from revdist.training.state import digest, send_state
+
+_log = logging.getLogger(__name__)
 
 PATIENCE_S = 90.0
 """Longest wait for the order to form another group: a supervisor that died is back by then."""
@@ -49,6 +53,7 @@ class Membership:
         self.rank = rank
         self.number = 0
         """Number of the group that this replica is in."""
+        inbox.prepare = self._prepare
 
     def lose(self) -> None:
         """Say that the group broke."""
@@ -74,6 +79,21 @@ class Membership:
                 if not is_broken(error):
                     raise
                 self.lose()
+
+    def _prepare(self, order: Regroup) -> None:
+        """Connect to a group that is to be entered at a step boundary, while training goes on."""
+        threading.Thread(target=self._connect, args=(order,), name="revdist-connect", daemon=True).start()
+
+    def _connect(self, order: Regroup) -> None:
+        """Be ready for a group once it is connected; where that fails, training goes on in the present one."""
+        try:
+            self._group.prepare(order.rendezvous, number=order.number)
+        except Exception as error:
+            # The supervisor orders another group: without who was lost, or the same ranks once more.
+            _log.info("group %d was given up before it was entered: %s", order.number, error)
+            self._outbox.put(BrokenReport(group=order.number))
+        else:
+            self._inbox.is_ready(order.number)
 
     def _await_order(self, *, newcomer: bool) -> Regroup | None:
         order = self._inbox.wait_for_regroup(self.number, timeout_s=None if newcomer else PATIENCE_S)
@@ -107,7 +127,5 @@ class Membership:
             raise RunFailed("no rank of the group has the state of training: go on from a checkpoint with --resume")
         if bool((table == table[source]).all()):
             return step, reports
-        history: list[Sequence[StepReport]] = [reports]
-        dist.broadcast_object_list(history, src=source)
-        send_state(self._t.parts.model, self._t.optimizer, source=source)
-        return highest, history[0]
+        reports = send_state(self._t.parts.model, self._t.optimizer, reports, source=source)
+        return highest, reports

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, final
 
@@ -66,7 +67,12 @@ class Regroup:
     shares: Shares
     """Those that hold in the new group."""
     orderly: bool
-    """All ranks of the present group are alive and change at an agreed step boundary; else it is left at once."""
+    """All ranks of the present group are alive and change at an agreed step boundary, once they are connected to the
+    newcomers; else it is left at once."""
+
+
+MayWrite = Callable[[], AbstractContextManager[bool]]
+"""Whether nobody else writes the run, and nobody begins to before the context ends."""
 
 
 @final
@@ -77,10 +83,15 @@ class Inbox:
         self._shares: dict[int, Shares] = {}
         self._newest = -1
         self._regroup: Regroup | None = None
+        self._ready_group = 0
         self._stop_reason: str | None = None
+        self.may_write: MayWrite | None = None
+        """Set where this rank is left alone: asked before it saves by itself."""
         self._changed = threading.Condition()
         self.interrupt: Callable[[int], None] | None = None
         """Called where a group must be left at once, with the number of the one to form."""
+        self.prepare: Callable[[Regroup], None] | None = None
+        """Called where a group can be prepared beside the one at work; returns at once, and `is_ready` follows."""
 
     def adopt(self, shares: Shares) -> None:
         """Keep shares until every rank has them."""
@@ -97,14 +108,30 @@ class Inbox:
                 return
             self._regroup = order
             self._changed.notify_all()
+        if order.orderly and self.prepare is not None:
+            self.prepare(order)
+            return
+        self.is_ready(order.number)
         if not order.orderly and self.interrupt is not None:
             self.interrupt(order.number)
+
+    def is_ready(self, number: int) -> None:
+        """This rank can change to a group without waiting for anything but the others."""
+        self._ready_group = max(self._ready_group, number)
 
     def stop(self, reason: str) -> None:
         """Save and leave at the next step boundary."""
         with self._changed:
             self._stop_reason = self._stop_reason or reason
             self._changed.notify_all()
+
+    def abandon(self, may_write: MayWrite) -> None:
+        """Leave a group that comes to no step boundary, save alone and end: nobody is there to order another one."""
+        with self._changed:
+            self.may_write = may_write
+            self._changed.notify_all()
+        if self.interrupt is not None:
+            self.interrupt(self.newest_group + 1)
 
     @property
     def newest_generation(self) -> int:
@@ -115,6 +142,11 @@ class Inbox:
     def newest_group(self) -> int:
         """Number of the newest group ordered; 0, the first, needs no order."""
         return 0 if self._regroup is None else self._regroup.number
+
+    @property
+    def ready_group(self) -> int:
+        """Number of the newest group ordered that this rank is ready to change to."""
+        return self._ready_group
 
     @property
     def newest_order(self) -> Regroup | None:
@@ -147,9 +179,9 @@ class Inbox:
             return self._shares.get(self._newest) if self._stop_reason is None else None
 
     def wait_for_regroup(self, after: int, *, timeout_s: float | None = None) -> Regroup | None:
-        """The newest order for a group later than number `after`; None where the time passes first."""
+        """The newest order for a group later than number `after`; None where the time passes, or it is left alone."""
         with self._changed:
-            self._changed.wait_for(lambda: self.newest_group > after, timeout=timeout_s)
+            self._changed.wait_for(lambda: self.newest_group > after or self.may_write is not None, timeout=timeout_s)
             return self._regroup if self.newest_group > after else None
 
     def enter(self, order: Regroup) -> None:

@@ -22,7 +22,7 @@ class Row:
     newest_generation: int = 0
     """Newest generation of shares this rank has received."""
     newest_group: int = 0
-    """Number of the newest group this rank has been told to form."""
+    """Number of the newest group ordered that this rank is ready to change to."""
     generation: int = 0
     """Generation this step ran under."""
     share: int = 0

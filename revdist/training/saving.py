@@ -128,7 +128,7 @@ class Saver:
         if rank == 0:
             step = [self._read(parts, optimizer)]
         dist.broadcast_object_list(step, src=0)
-        send_state(parts.model, optimizer, source=0)
+        send_state(parts.model, optimizer, None, source=0)
         return step[0]
 
     def finish(self) -> None:

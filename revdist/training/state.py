@@ -5,6 +5,9 @@ Hyperparameters are not part of it: they come from the configuration, the learni
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,7 +17,10 @@ from revdist.errors import CheckpointError
 _MODEL = "model/"
 _OPTIMIZER = "optimizer/"
 
+_PIECE_BYTES = 32 * 2**20
+
 TensorSpec = tuple[str, torch.Size, torch.dtype]
+T = TypeVar("T")
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -67,19 +73,48 @@ def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, stat
         optimizer.state[parameter][key] = tensor.to(home, copy=True)
 
 
-def send_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, source: int) -> None:
-    """Give every rank the state of rank `source`, over the default process group."""
+def send_state(model: nn.Module, optimizer: torch.optim.Optimizer, word: T, *, source: int) -> T:
+    """Give every rank the state of rank `source`, over the default process group; returns that rank's word.
+
+    Tensors are sent many at once: what a message costs is the wait for the slowest rank, not its bytes.
+    """
     sending = dist.get_rank() == source
     state = training_state(model, optimizer) if sending else {}
-    specs: list[list[TensorSpec]] = [[(name, t.shape, t.dtype) for name, t in state.items()]]
-    dist.broadcast_object_list(specs, src=source)
-    received = {}
-    for name, shape, dtype in specs[0]:
-        tensor = state[name].contiguous() if sending else torch.empty(shape, dtype=dtype, device=_home(model))
-        dist.broadcast(tensor, src=source)
-        received[name] = tensor
+    # Larger elements first: each tensor then begins at a multiple of its element size.
+    specs = sorted(((name, t.shape, t.dtype) for name, t in state.items()), key=lambda spec: -spec[2].itemsize)
+    message: list[Any] = [word, specs]
+    dist.broadcast_object_list(message, src=source)
+    received: dict[str, Tensor] = {}
+    for piece in _pieces(message[1]):
+        sizes = [shape.numel() * dtype.itemsize for _, shape, dtype in piece]
+        if sending:
+            flat = torch.cat([_as_bytes(state[name]).to(_home(model)) for name, _, _ in piece])
+        else:
+            flat = torch.empty(sum(sizes), dtype=torch.uint8, device=_home(model))
+        dist.broadcast(flat, src=source)
+        if not sending:
+            parts = zip(piece, torch.split(flat, sizes), strict=True)
+            received |= {name: part.view(dtype).view(shape) for (name, shape, dtype), part in parts}
     if not sending:
+        # Counters stay where torch keeps them, on the CPU.
+        received = {name: tensor if tensor.dim() else tensor.cpu() for name, tensor in received.items()}
         load_training_state(model, optimizer, received)
+    sent: T = message[0]
+    return sent
+
+
+def _pieces(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
+    """Tensors that are sent together: as many as fit into a bound, which is what sending takes beside the state."""
+    pieces: list[list[TensorSpec]] = []
+    room = 0
+    for spec in specs:
+        size = spec[1].numel() * spec[2].itemsize
+        if not pieces or size > room:
+            pieces.append([])
+            room = _PIECE_BYTES
+        pieces[-1].append(spec)
+        room -= size
+    return pieces
 
 
 def digest(model: nn.Module) -> int:
@@ -88,6 +123,10 @@ def digest(model: nn.Module) -> int:
     for position, parameter in enumerate(model.parameters()):
         total += (position + 1) * int(_bits(parameter.detach()).sum(dtype=torch.int64))
     return total % 2**62
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -73,6 +73,17 @@ def test_an_inbox_keeps_the_newest_order_and_interrupts_for_those_that_cannot_wa
     assert inbox.wait_for_regroup(3, timeout_s=0) is None
 
 
+def test_an_orderly_order_is_agreed_on_only_once_this_rank_is_ready() -> None:
+    inbox, prepared = Inbox(), []
+    inbox.prepare = prepared.append
+    inbox.regroup(order(1, 3, orderly=True))
+    assert ([one.number for one in prepared], inbox.newest_group, inbox.ready_group) == ([1], 1, 0)
+    inbox.is_ready(1)
+    assert inbox.ready_group == 1
+    inbox.regroup(order(2, 4, orderly=False))
+    assert (len(prepared), inbox.ready_group) == (1, 2)
+
+
 def test_shares_of_the_group_before_are_forgotten_on_entering_another() -> None:
     inbox = Inbox()
     for generation in (0, 1, 3):

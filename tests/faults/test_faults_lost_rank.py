@@ -67,6 +67,33 @@ def test_a_lost_rank_is_replaced_at_a_step_boundary(unharmed: Unharmed, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("trouble", ["death", "failure"])
+def test_a_join_that_goes_wrong_while_it_is_prepared_costs_nothing(
+    trouble: str, unharmed: Unharmed, tmp_path: Path
+) -> None:
+    """A newcomer is killed, or a rank cannot connect: training goes on, and another group is formed."""
+    steps = 1500
+    harm = Harm(20, signals("cpu-1"))
+    result = run(
+        tmp_path / "run",
+        harm,
+        epochs=None,
+        steps=steps,
+        model={
+            "factory": "small_models:classifier_with_trouble_at_a_join",
+            "kwargs": {"trouble": trouble, "folder": str(tmp_path)},
+        },
+        data={"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}},
+        faults={"heartbeat_s": 1},
+    )
+    assert (tmp_path / trouble).exists()
+    assert harm.groups[-1] == ["cpu-0", "cpu-2", "cpu-1"]
+    assert len(harm.kinds("lost")) == (2 if trouble == "death" else 1)
+    assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
+
+
+@pytest.mark.slow
 def test_a_broken_connection_between_living_ranks_is_mended(unharmed: Unharmed, tmp_path: Path) -> None:
     """Nobody is lost and the shares stay: the result is the same to the bit."""
     common = {"epochs": None, "steps": 30, "planning": {"share": "equal", "profile_cache": False}}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,8 +166,31 @@ class Disconnection(nn.Module):
                 from revdist.training.group import Group
 
                 (group,) = [found for found in gc.get_objects() if isinstance(found, Group)]
-                group._shut_down()
+                assert group._current is not None
+                group._current.shut_down()
         return x
+
+
+def classifier_with_trouble_at_a_join(trouble: str, folder: str) -> nn.Module:
+    """The classifier; when ranks connect in the background for the first time, the newcomer dies or rank 0 fails.
+
+    trouble: `death` or `failure`. folder: gets a file of that name once it has happened.
+    """
+    from revdist.training import connections
+
+    connect, is_newcomer, mark = connections._connect, "RANK" not in os.environ, Path(folder) / trouble
+
+    def connect_with_trouble(store: Any, rendezvous: Any, devices: Any) -> Any:
+        here = is_newcomer if trouble == "death" else rendezvous.rank == 0
+        if here and threading.current_thread().name == "revdist-connect" and not mark.exists():
+            mark.touch()
+            if trouble == "death":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("gloo/ no connection, for a test")
+        return connect(store, rendezvous, devices)
+
+    connections._connect = connect_with_trouble
+    return classifier()
 
 
 def poisoned_images(samples: Sequence[int], **kwargs: int) -> tuple[Images, Images]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from revdist.training.group import Group, PeersLost, is_broken
+from revdist.training.connections import PeersLost
+from revdist.training.group import Group, is_broken
 from revdist.training.network import listen
 from revdist.training.orders import Rendezvous
 from revdist.training.sockets import shut_down, tcp_sockets
@@ -161,6 +163,85 @@ def test_what_is_said_in_one_group_is_not_heard_in_the_next() -> None:
     assert on_ranks(2, work) == [[3.0] * 4] * 2
 
 
+def prepared_beside_work(group: Group, rank: int, meeting: Rendezvous) -> list[float]:
+    """Prepare group 1 while this one adds up numbers; returns the sums. All ranks stop after the same one."""
+    thread = threading.Thread(target=group.prepare, args=(meeting,), kwargs={"number": 1})
+    thread.start()
+    totals = []
+    busy = torch.ones(1)
+    while busy:
+        totals.append(total(rank))
+        busy[0] = float(thread.is_alive())
+        dist.all_reduce(busy)
+    return totals
+
+
+def test_the_next_group_is_prepared_while_one_works() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        meeting = rendezvous(rank, 3, ports[0], prefix="second")
+        totals = [3.0]
+        if rank < 2:
+            group.join(rendezvous(rank, 2, ports[0]))
+            totals = prepared_beside_work(group, rank, meeting)
+            group.leave()
+        group.join(meeting, number=1)
+        # Groups within it meet at the store: leaving the group before has not cut the way to it.
+        pair = dist.new_group([0, 2])
+        value = torch.ones(1)
+        if rank != 1:
+            dist.all_reduce(value, group=pair)
+        return set(totals), total(rank), float(value)
+
+    assert on_ranks(3, work) == [({3.0}, 6.0, 2.0), ({3.0}, 6.0, 1.0), ({3.0}, 6.0, 2.0)]
+
+
+def test_an_interrupt_ends_what_is_prepared_and_the_group_at_work() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        group.join(rendezvous(rank, 2, ports[0]))
+        total(rank)
+        threading.Timer(0.3, group.interrupt, args=(2,)).start()
+        with pytest.raises(PeersLost, match="another group"):  # rank 2 does not come
+            group.prepare(rendezvous(rank, 3, ports[0], prefix="second"), number=1)
+        with pytest.raises(RuntimeError) as caught:
+            total(rank)
+        assert is_broken(caught.value)
+        group.leave()
+        group.join(rendezvous(rank, 2, ports[0], prefix="third"), number=2)
+        return total(rank)
+
+    assert on_ranks(2, work) == [3.0, 3.0]
+
+
+def test_a_rank_that_dies_while_it_is_connected_to_leaves_the_group_at_work_alone() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        meeting = rendezvous(rank, 3, ports[0], prefix="second")
+        if rank == 2:
+            store = dist.TCPStore("127.0.0.1", ports[0], is_master=False)
+            dist.PrefixStore("second", store).set("here/2", "127.0.0.1 1")  # it comes, and connects to nobody
+            os.kill(os.getpid(), signal.SIGKILL)
+        group.join(rendezvous(rank, 2, ports[0]))
+        thread = threading.Thread(target=group.prepare, args=(meeting,), kwargs={"number": 1}, daemon=True)
+        threading.excepthook = lambda arguments: None
+        thread.start()
+        totals = {total(rank) for _ in range(200)}
+        group.interrupt(2)
+        group.leave()
+        group.join(rendezvous(rank, 2, ports[0], prefix="third"), number=2)
+        thread.join(PATIENCE_S)
+        return totals, total(rank), thread.is_alive()
+
+    assert on_ranks(3, work, answering=2) == [({3.0}, 3.0, False)] * 2
+
+
+def test_what_is_prepared_too_late_is_not_begun() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        group.join(rendezvous(rank, 2, ports[0]), number=1)
+        group.prepare(rendezvous(rank, 2, ports[0]), number=1)
+        return total(rank)
+
+    assert on_ranks(2, work) == [3.0, 3.0]
+
+
 def test_sockets_are_known_by_their_ends() -> None:
     server = listen("127.0.0.1")
     port = server.getsockname()[1]
@@ -175,6 +256,25 @@ def test_sockets_are_known_by_their_ends() -> None:
         shut_down([mine])
         assert accepted.recv(1) == b""
         accepted.sendall(b"x")
+
+
+def test_a_connection_that_is_not_answered_yet_is_known_by_where_it_leads() -> None:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.socket())
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)  # one connection waits to be accepted; to further ones nothing is answered
+        clients = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for client in clients:
+            client.setblocking(False)
+            client.connect_ex(server.getsockname())
+        last = clients[-1]
+        (found,) = [one for one in tcp_sockets() if one.descriptor == last.fileno()]
+        assert found.connecting
+        assert (found.remote_address, found.remote_port) == server.getsockname()
+        shut_down([found])
+        last.settimeout(5)
+        with pytest.raises(OSError, match=r"\[Errno"):
+            last.sendall(b"x")
 
 
 def test_a_socket_that_took_the_number_of_another_is_left_alone() -> None:
