@@ -27,7 +27,9 @@ METHOD = (
     "third of the run, with changing memory by all steps after it; ratios are taken within a round and tables show "
     "medians over rounds. Plain DDP is written by hand: autograd as usual, equal shares, one "
     "micro-batch size that fits both devices at their worst. Proportional: the same with shares by what each device "
-    "does alone, and for each rank the largest micro-batch that fits. Alone: revdist on one device, the other idle."
+    "does alone, and for each rank the largest micro-batch that fits. Alone: revdist on one device, the other idle. "
+    "Apart: two hand-written trainings at once that exchange nothing, over the sum of each with the machine to itself: "
+    "what the cores lose by sharing caches and execution units, whoever trains on them."
 )
 
 
@@ -60,6 +62,7 @@ def _round(bench: Bench, cases: Sequence[Case], label: str, say: Callable[[str],
         yield Round(
             case=case,
             alone=(first, second),
+            apart=bench.apart(case),
             plain=bench.plain(case, equal_split(GLOBAL_BATCH, 2), same_micro_batch=True),
             proportional=bench.plain(case, (share, GLOBAL_BATCH - share), same_micro_batch=False),
             revdist=bench.revdist(case),

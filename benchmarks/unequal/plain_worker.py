@@ -2,8 +2,8 @@
 
 RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun sets them. JOB holds, as JSON, per rank its
 core, the name and capacity of its device and its share of the batch; the number of steps; whether all ranks use
-one micro-batch size, as a job with one configuration does; and where the first rank writes the seconds of each
-step. The gradient is that of the whole batch whatever the shares.
+one micro-batch size, as a job with one configuration does; and where it writes the seconds of each step. The
+gradient is that of the whole batch whatever the shares. A rank whose WORLD_SIZE is 1 trains by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from revdist.training.datasets import digits  # noqa: E402
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    together = os.environ["WORLD_SIZE"] != "1"
+    if together:
+        dist.init_process_group("gloo")
     name, capacity_bytes = JOB["devices"][RANK]
     open_device(name=name, capacity_bytes=capacity_bytes).activate("plain DDP")
     torch.manual_seed(0)
@@ -42,13 +44,13 @@ def main() -> None:
     model = revnet_digits()
     share, offset = JOB["shares"][RANK], sum(JOB["shares"][:RANK])
     micro_batch = _largest_micro_batch(model, images_BCHW[:share], labels_B[:share])
-    if JOB["same_micro_batch"]:
+    if JOB["same_micro_batch"] and together:
         sizes = torch.tensor(micro_batch)
         dist.all_reduce(sizes, op=dist.ReduceOp.MIN)
         micro_batch = int(sizes)
-    replicated = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    replicated = DistributedDataParallel(model, gradient_as_bucket_view=True) if together else model
     optimizer = torch.optim.SGD(replicated.parameters(), **OPTIMIZER)
-    scale = dist.get_world_size() / sum(JOB["shares"])
+    scale = dist.get_world_size() / sum(JOB["shares"]) if together else 1 / share
     seconds = []
     for step in range(JOB["steps"]):
         began_s = time.perf_counter()
@@ -57,14 +59,14 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=False)
         parts = chosen.split(micro_batch)
         for number, part in enumerate(parts):
-            with nullcontext() if number == len(parts) - 1 else replicated.no_sync():
+            with replicated.no_sync() if together and number < len(parts) - 1 else nullcontext():
                 loss = F.cross_entropy(replicated(images_BCHW[part]), labels_B[part], reduction="sum")
                 (loss * scale).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - began_s)
-    if RANK == 0:
-        Path(JOB["out"]).write_text(json.dumps({"seconds": seconds, "micro_batch": micro_batch}), encoding="utf-8")
-    dist.barrier()
+    Path(JOB["out"][RANK]).write_text(json.dumps({"seconds": seconds, "micro_batch": micro_batch}), encoding="utf-8")
+    if together:
+        dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads, when torn down with the interpreter, now and then abort a process that is done
 

@@ -23,6 +23,8 @@ class Round:
 
     case: Case
     alone: tuple[Outcome, Outcome]
+    apart: float
+    """Two trainings at once that exchange nothing, as part of each alone: what this machine allows at most."""
     plain: Outcome
     proportional: Outcome
     revdist: Outcome
@@ -74,10 +76,12 @@ class Result:
                 f"{self.median(case, lambda each: each.sum_of_alone):.0f}",
                 *(f"{self.median(case, lambda each, way=way: each.speed(way)):.0f}" for way in WAYS),  # type: ignore[misc]
                 *(f"{self.median(case, lambda each, way=way: each.of_sum(way)):.3f}" for way in WAYS),  # type: ignore[misc]
+                f"{self.median(case, lambda each: each.apart):.3f}",
             ]
             for case in self.cases
         ]
-        columns = ["samples a second", "sum alone", *WAYS.values(), *(f"{name} / sum" for name in WAYS.values())]
+        columns = ["samples a second", "sum alone", *WAYS.values(), *(f"{name} / sum" for name in WAYS.values()),
+                   "apart / sum"]  # fmt: skip
         return Table(title="Two devices together, and what each does alone", columns=columns, rows=rows)
 
     def _goals(self) -> Table:

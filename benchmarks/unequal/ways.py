@@ -65,24 +65,43 @@ class Bench:
         torchrun would start each rank in a session of its own, and Linux shares a core between sessions first
         (autogroups): against a neighbour its ranks would get more of a core than Ray's. So all are in this session.
         """
+        first, _ = self._plain(case, (0, 1), shares, same_micro_batch=same_micro_batch, together=True)
+        return dataclasses.replace(first, shares=tuple(shares))
+
+    def apart(self, case: Case) -> float:
+        """What two trainings that exchange nothing reach at once, as part of what each reaches when it has the machine.
+
+        Below one where cores share caches and execution units: no way to train together can do better than this.
+        """
+        shares = equal_split(GLOBAL_BATCH, 2)
+        at_once = self._plain(case, (0, 1), shares, same_micro_batch=False, together=False)
+        alone = [self._plain(case, (rank,), shares, same_micro_batch=False, together=False)[0] for rank in (0, 1)]
+        return sum(each.samples_per_s for each in at_once) / sum(each.samples_per_s for each in alone)
+
+    def _plain(
+        self, case: Case, ranks: Sequence[int], shares: Sequence[int], *, same_micro_batch: bool, together: bool
+    ) -> list[Outcome]:
         job_folder = Path(tempfile.mkdtemp(dir=self.folder))
-        out = job_folder / "out.json"
+        outs = [job_folder / f"out-{rank}.json" for rank in (0, 1)]
         job = {
             "cores": [0, 1],
             "devices": [[f"cpu-{rank}", capacity] for rank, capacity in enumerate(case.smallest_capacities)],
             "shares": list(shares),
             "steps": self.steps,
             "same_micro_batch": same_micro_batch,
-            "out": str(out),
+            "out": [str(out) for out in outs],
         }
         (job_folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         command = [sys.executable, str(WORKER), str(job_folder / "job.json")]
-        environment = self._environment(job_folder) | rendezvous
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment = self._environment(job_folder) | rendezvous | {"WORLD_SIZE": "2" if together else "1"}
         with neighbour(case), ThreadPoolExecutor() as pool:
-            list(pool.map(lambda rank: _run(command, environment | {"RANK": rank}), ["0", "1"]))
-        seconds = json.loads(out.read_text(encoding="utf-8"))["seconds"]
-        return Outcome(step_s=tuple(seconds), shares=tuple(shares), settled=self.steps // 3)
+            list(pool.map(lambda rank: _run(command, environment | {"RANK": str(rank)}), ranks))
+        seconds = [json.loads(outs[rank].read_text(encoding="utf-8"))["seconds"] for rank in ranks]
+        return [
+            Outcome(step_s=tuple(each), shares=(shares[rank],), settled=self.steps // 3)
+            for rank, each in zip(ranks, seconds, strict=True)
+        ]
 
     def revdist(self, case: Case, *, ranks: Sequence[int] = (0, 1), global_batch: int = GLOBAL_BATCH) -> Outcome:
         """`revdist launch` on the devices and cores `ranks`."""
