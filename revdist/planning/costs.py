@@ -9,8 +9,8 @@ operator i = 1..n,
     need = outside + max_i ( sum_{j<=i} w_j + t_i )
 
 where w_j is what operator j holds between its forward and its backward and t_i is the most that
-operator i needs on top while it runs itself. Where the operator before already holds this
-operator's input, the `shared_bytes` of the option are not held twice.
+operator i needs on top while it runs itself. Both depend on what the operator before does with its
+output, this one's input: whether it holds it, asks for it back (INVERT), or neither.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import dataclasses
 import enum
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 from revdist.errors import InvalidCosts
@@ -44,6 +44,17 @@ class Mode(enum.StrEnum):
         return self.value[0]
 
 
+class Before(enum.IntEnum):
+    """What the operator before does with its output, the input of this one."""
+
+    KEEPS = 0
+    """Nothing: it keeps its own input or gets it from the host; nor does what comes before the first operator."""
+    HOLDS = 1
+    """It holds it until its backward."""
+    INVERTS = 2
+    """It asks for it, to invert."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Option:
     """One mode of one operator with its measured cost."""
@@ -52,13 +63,17 @@ class Option:
     held_bytes: int
     """Bytes that stay from its forward until its backward, where the operator before does not hold its output."""
     working_bytes: int
-    """Most bytes needed on top while the operator's own forward or backward runs."""
+    """Most bytes needed on top while the operator's own forward or backward runs, whatever the operator before does."""
     extra_s: float
     """Seconds of step time over the operator's fastest option."""
     shared_bytes: int = 0
     """Part of `held_bytes` that is the operator's input: free where the operator before holds its output."""
     holds_output: bool = False
     """Whether the operator's output is among what it holds, so that the next operator's `shared_bytes` are free."""
+    handed_bytes: int = 0
+    """Part of `working_bytes` that is needed only where the operator before inverts: its output is handed to it."""
+    spared_bytes: int = 0
+    """Part of the rest that is not needed where the operator before holds its output."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.mode, Mode):
@@ -66,15 +81,49 @@ class Option:
                 object.__setattr__(self, "mode", Mode(self.mode))
             except ValueError:
                 raise InvalidCosts(f"mode {self.mode!r} is not one of {', '.join(Mode)}") from None
-        for name in ("held_bytes", "working_bytes", "shared_bytes"):
+        for name in ("held_bytes", "working_bytes", "shared_bytes", "handed_bytes", "spared_bytes"):
             _check_bytes(name, getattr(self, name))
         if self.shared_bytes > self.held_bytes:
             raise InvalidCosts(
                 f"shared_bytes {self.shared_bytes} exceeds held_bytes {self.held_bytes}: it is a part of it"
             )
+        if self.handed_bytes + self.spared_bytes > self.working_bytes:
+            raise InvalidCosts(
+                f"handed_bytes {self.handed_bytes} and spared_bytes {self.spared_bytes} exceed working_bytes "
+                f"{self.working_bytes}: they are parts of it"
+            )
         _check_seconds("extra_s", self.extra_s)
         if not isinstance(self.holds_output, bool):
             raise InvalidCosts(f"holds_output must be true or false, not {self.holds_output!r}")
+
+    @property
+    def working_by_before(self) -> dict[Before, int]:
+        """Bytes needed on top, by what the operator before does."""
+        kept = self.working_bytes - self.handed_bytes
+        return {Before.KEEPS: kept, Before.HOLDS: kept - self.spared_bytes, Before.INVERTS: self.working_bytes}
+
+    def needing(self, working: Mapping[Before, int]) -> Self:
+        """This option with bytes needed on top, by what the operator before does.
+
+        Where holding or keeping is said to need more than what should need as much, all of these count as the
+        larger; what is not said counts as the most of all.
+        """
+        most = max(working.values())
+        held = working.get(Before.HOLDS, most)
+        kept = max(held, working.get(Before.KEEPS, most))
+        return dataclasses.replace(
+            self,
+            working_bytes=max(kept, working.get(Before.INVERTS, most)),
+            handed_bytes=max(0, working.get(Before.INVERTS, most) - kept),
+            spared_bytes=kept - held,
+        )
+
+    @property
+    def does(self) -> Before:
+        """What the next operator finds."""
+        if self.holds_output:
+            return Before.HOLDS
+        return Before.INVERTS if self.mode is Mode.INVERT else Before.KEEPS
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +166,15 @@ class Profile:
         _check_seconds("base_s", self.base_s)
         slowest_s = self.base_s + sum(max(option.extra_s for option in choices) for choices in self.options)
         _check_seconds("the sum of base_s and every extra_s", slowest_s)
-        if not isinstance(self.micro_batch, int) or self.micro_batch < 1:
-            raise InvalidCosts(f"micro_batch must be a positive integer, not {self.micro_batch!r}")
+        _check_count("micro_batch", self.micro_batch)
         for name in ("operator_names", "reconstruction_error", "error_growth"):
             values = getattr(self, name)
             if values and len(values) != len(self.options):
                 raise InvalidCosts(f"{name} has {len(values)} entries for {len(self.options)} operators")
+        for text in (*self.operator_names, self.device, self.key):
+            _check_text("operator_names, device and key", text)
+        for error in (*self.reconstruction_error, *self.error_growth):
+            _check_error("reconstruction_error and error_growth", error)
 
     @classmethod
     def from_options(cls, options: Iterable[Iterable[Option]], **fields: Any) -> Self:
@@ -210,13 +262,12 @@ class Plan:
     """Why the plan was adopted: start, memory-lost, memory-gained, share, joined, lost, profile."""
 
     def __post_init__(self) -> None:
-        for name in ("generation", "rank", "share", "budget_bytes", "predicted_peak_bytes"):
+        for name in ("generation", "rank", "share", "accumulation_steps", "budget_bytes", "predicted_peak_bytes"):
             _check_bytes(name, getattr(self, name))
-        if self.micro_batch < 1 or self.accumulation_steps < 0:
-            raise InvalidCosts(
-                f"micro_batch {self.micro_batch} and accumulation_steps {self.accumulation_steps} must be positive"
-            )
+        _check_count("micro_batch", self.micro_batch)
         _check_seconds("predicted_step_s", self.predicted_step_s)
+        for name in ("device", "reason"):
+            _check_text(name, getattr(self, name))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -250,6 +301,22 @@ def _check_seconds(name: str, value: Any) -> None:
         raise InvalidCosts(f"{name} must be a number of seconds, not {value!r}")
     if not 0 <= value <= sys.float_info.max:  # NaN compares false; integers may exceed any float
         raise InvalidCosts(f"{name} is {value}: it must be finite and not negative")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidCosts(f"{name} must be a positive integer, not {value!r}")
+
+
+def _check_error(name: str, value: Any) -> None:
+    """An error may be infinite, or not a number where the rebuilt activations are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise InvalidCosts(f"{name} must be numbers that are not negative, not {value!r}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InvalidCosts(f"{name} must be text, not {value!r}")
 
 
 def _load_object(text: str, cls: type) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from revdist.errors import InvalidCosts
-from revdist.planning.costs import Option, Profile
+from revdist.planning.costs import Before, Option, Profile
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -125,11 +125,12 @@ def _on_line(low: Profile, high: Profile, line: Line, micro_batch: int) -> Profi
 def _option(low: Option, high: Option, line: Line) -> Option:
     held = line.count(low.held_bytes, high.held_bytes)
     own = line.count(low.held_bytes - low.shared_bytes, high.held_bytes - high.shared_bytes)
+    working = {b: line.count(low.working_by_before[b], high.working_by_before[b]) for b in Before}
     return Option(
         high.mode,
         held,
-        line.count(low.working_bytes, high.working_bytes),
-        line.seconds(low.extra_s, high.extra_s),
-        max(0, held - own),
-        high.holds_output,
-    )
+        working_bytes=0,
+        extra_s=line.seconds(low.extra_s, high.extra_s),
+        shared_bytes=max(0, held - own),
+        holds_output=high.holds_output,
+    ).needing(working)

@@ -19,6 +19,10 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Links = npt.NDArray[np.int32]
+Lists = tuple[Ints, Ints, Ints]
+"""Needs, or times, of the lists of the three states; the same array where states make no difference."""
+Points = tuple[Ints, Ints, Links]
+"""One list with its links: need, time, links."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 OPTION_BITS = 2
@@ -39,16 +43,7 @@ def compiled(function: Function) -> Function:
 
 
 @compiled
-def extend(
-    held: Ints,
-    working: Ints,
-    extra: Ints,
-    continues: Ints,
-    need_0: Ints,
-    time_0: Ints,
-    need_1: Ints,
-    time_1: Ints,
-) -> tuple[Ints, Ints, Links]:
+def extend(held: Ints, working: Ints, extra: Ints, continues: Ints, needs: Lists, times: Lists) -> Points:
     """Put one operator in front of a suffix: every option on every point, non-dominated ones kept.
 
     Option c continues with list `continues[c]` and maps a point (m, v) of it to
@@ -59,17 +54,17 @@ def extend(
     position = np.empty(num_options, np.int64)
     length = 0
     for c in range(num_options):
-        need = need_0 if continues[c] == 0 else need_1
+        need = needs[continues[c]]
         position[c] = max(0, np.searchsorted(need, working[c], side="right") - 1)
         length += len(need) - position[c]
-    needs = np.empty(length, np.int64)
-    times = np.empty(length, np.int64)
+    merged_need = np.empty(length, np.int64)
+    merged_time = np.empty(length, np.int64)
     links = np.empty(length, np.int32)
     heads = np.empty(num_options, np.int64)  # next point of each option's list: bytes
     costs = np.empty(num_options, np.int64)  # the same point's time
     infinite = np.iinfo(np.int64).max
     for c in range(num_options):
-        need, time = (need_0, time_0) if continues[c] == 0 else (need_1, time_1)
+        need, time = needs[continues[c]], times[continues[c]]
         if len(need) == 0:  # nothing fits behind this option
             heads[c] = costs[c] = infinite
         else:
@@ -86,18 +81,19 @@ def extend(
             break
         if costs[first] < best:
             best = costs[first]
-            needs[count] = heads[first]
-            times[count] = best
+            merged_need[count] = heads[first]
+            merged_time[count] = best
             links[count] = position[first] << OPTION_BITS | first
             count += 1
         position[first] += 1
-        need, time = (need_0, time_0) if continues[first] == 0 else (need_1, time_1)
+        need, time = needs[continues[first]], times[continues[first]]
         if position[first] < len(need):
             heads[first] = held[first] + max(working[first], need[position[first]])
             costs[first] = extra[first] + time[position[first]]
         else:
             heads[first] = infinite
-    return needs[:count].copy(), times[:count].copy(), links[:count].copy()  # not views of the longer arrays
+    # Copies, not views of the longer arrays.
+    return merged_need[:count].copy(), merged_time[:count].copy(), links[:count].copy()
 
 
 @compiled
@@ -120,41 +116,56 @@ def sweep_back(
     ticks: Ints,
     leads_to: Ints,
     num_options: Ints,
-    two_lists: npt.NDArray[np.bool_],
+    same_as: Ints,
     first: int,
     last: int,
     limit: int,
-    need_0: Ints,
-    time_0: Ints,
-    need_1: Ints,
-    time_1: Ints,
-) -> tuple[Ints, Ints, Ints, Ints, Links, Ints, int]:
+    needs: Lists,
+    times: Lists,
+) -> tuple[Lists, Lists, Links, Ints, int]:
     """Put operators last-1, last-2, ... in front of a suffix, down to `first` or to the first list over `limit`.
 
-    Returns the lists of the operator reached, the links of all operators passed, (last - first, 2)
+    Returns the lists of the operator reached, the links of all operators passed, (last - first, 3)
     where each one's links start by state, and the operator reached.
     """
-    starts = np.zeros((last - first, 2), np.int64)
+    starts = np.zeros((last - first, 3), np.int64)
     links = np.empty(4096, np.int32)
     used = 0
     operator = last
+    need_0, need_1, need_2 = needs
+    time_0, time_1, time_2 = times
     while operator > first:
         operator -= 1
         options = num_options[operator]
-        working_c, ticks_c, leads_to_c = working[operator], ticks[operator], leads_to[operator]
-        before = need_0, time_0, need_1, time_1
-        for state in range(2 if two_lists[operator] else 1):
-            starts[operator - first, state:] = used
-            need_1, time_1, chosen = extend(
-                held[state, operator, :options], working_c[:options], ticks_c[:options], leads_to_c[:options], *before
-            )
+        ticks_c, leads_to_c = ticks[operator, :options], leads_to[operator, :options]
+        begins = starts[operator - first]
+        for state in range(3):
+            same = same_as[operator, state]
+            if same == state:
+                begins[state] = used
+                need, time, chosen = extend(
+                    held[state, operator, :options],
+                    working[state, operator, :options],
+                    ticks_c,
+                    leads_to_c,
+                    needs,
+                    times,
+                )
+                links = append(links, used, chosen)
+                used += len(chosen)
+            else:
+                begins[state] = begins[same]
+                need, time = (need_0, time_0) if same == 0 else (need_1, time_1)
             if state == 0:
-                need_0, time_0 = need_1, time_1
-            links = append(links, used, chosen)
-            used += len(chosen)
-        if max(len(time_0), len(time_1)) > limit:
+                need_0, time_0 = need, time
+            elif state == 1:
+                need_1, time_1 = need, time
+            else:
+                need_2, time_2 = need, time
+        needs, times = (need_0, need_1, need_2), (time_0, time_1, time_2)
+        if max(len(time_0), len(time_1), len(time_2)) > limit:
             break
-    return need_0, time_0, need_1, time_1, links[:used].copy(), starts, operator
+    return needs, times, links[:used].copy(), starts, operator
 
 
 @compiled
@@ -171,7 +182,7 @@ def walk(
 ) -> None:
     """Follow every schedule through the operators from `first` on that `links` and `starts` cover, in place.
 
-    points, states: (P,) where each schedule is, in which of the operator's two lists. leads_to,
+    points, states: (P,) where each schedule is, in which of the operator's lists. leads_to,
     extra_s: (n, 4) per operator and option, the state it leaves and its seconds, added to total_s (P,).
     choices: (ceil(n / 4), P) bytes that take two bits an operator.
     """
@@ -279,10 +290,10 @@ def warm_up() -> None:
     """Compile every kernel, or load it from numba's cache, so that no later call pays for it."""
     one, two = np.ones(1, np.int64), np.arange(2, dtype=np.int64)
     second = np.ones(1)
-    costs, seconds = np.ones((1, 4), np.int64), np.ones((1, 4))
-    extend(one, one, one, one, one, one, one, one)
-    both = np.ones(1, np.bool_)
-    *_, links, starts, _ = sweep_back(np.ones((2, 1, 4), np.int64), costs, costs, costs, one, both, 0, 1, 9, *[one] * 4)
+    costs, seconds, by_state = np.ones((1, 4), np.int64), np.ones((1, 4)), np.ones((3, 1, 4), np.int64)
+    lists, same_as = (one, one, one), np.zeros((1, 3), np.int64)
+    extend(one, one, one, one, lists, lists)
+    *_, links, starts, _ = sweep_back(by_state, by_state, costs, costs, one, same_as, 0, 1, 9, lists, lists)
     walk(links, starts, costs, seconds, 0, 0 * one, 0 * one, second, np.zeros((1, 1), np.uint8))
     thin(one, 1.0, 1.0)
     prune(one, one, 1, two[0], two[1], two, two, 1.0)

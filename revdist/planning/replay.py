@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from revdist.errors import InvalidCosts
-from revdist.planning.costs import Mode, Option, Profile, Schedule
+from revdist.planning.costs import Before, Mode, Option, Profile, Schedule
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,15 +51,22 @@ def replay(profile: Profile, modes: Sequence[Mode]) -> Replay:
     chosen = _chosen(profile, modes)
     held = profile.outside_bytes
     took: list[int] = []
+    working: list[int] = []
     timeline: list[Moment] = []
+    before = Before.KEEPS
     for operator, option in enumerate(chosen):
         took.append(option.held_bytes)
-        if operator > 0 and chosen[operator - 1].holds_output:
+        working.append(option.working_bytes)
+        if before is not Before.INVERTS:
+            working[-1] -= option.handed_bytes
+        if before is Before.HOLDS:
             took[-1] -= option.shared_bytes
+            working[-1] -= option.spared_bytes
+        before = option.does
         held += took[-1]
-        timeline.append(Moment("forward", operator, held, option.working_bytes))
+        timeline.append(Moment("forward", operator, held, working[-1]))
     for operator in reversed(range(len(chosen))):
-        timeline.append(Moment("backward", operator, held, chosen[operator].working_bytes))
+        timeline.append(Moment("backward", operator, held, working[operator]))
         held -= took.pop()
     assert held == profile.outside_bytes
     return Replay(

@@ -25,14 +25,11 @@ import numpy as np
 
 from revdist.errors import BudgetTooSmall, InvalidCosts
 from revdist.planning import kernels
-from revdist.planning.costs import Mode, Profile, Schedule
-from revdist.planning.kernels import OPTION_BITS, OPTION_MASK, Ints, Links
+from revdist.planning.costs import Before, Mode, Profile, Schedule
+from revdist.planning.kernels import OPTION_BITS, OPTION_MASK, Ints, Links, Lists, Points
 from revdist.planning.replay import schedule_of
 from revdist.planning.stages import Stages, arrange
-from revdist.planning.sweep import Lists, check_length, empty_suffix
-
-Points = tuple[Ints, Ints, Links]
-"""One list with its links: need, time, links."""
+from revdist.planning.sweep import check_length, empty_suffix
 
 FIRST_POINTS = 2**10
 """Points kept per list in the search for a first schedule."""
@@ -103,22 +100,26 @@ class _Search:
         the schedule may then not be the fastest. 0: keep all that can lead to one.
         """
         lists = empty_suffix()
-        history: list[tuple[Links, Links]] = []
+        history: list[tuple[Links, ...]] = []
         for operator in range(self.stages.num_operators - 1, -1, -1):
             points = self._points(operator, lists, target, most_points)
             longest = max(len(need) for need, _, _ in points)
             if longest == 0:
                 return None
             check_length(self.stages, operator, longest)
-            first, last = points[0], points[-1]
-            lists = first[0], first[1], last[0], last[1]
-            history.append((first[2], last[2]))
-        return _follow(self.stages, history[::-1], len(lists[0]) - 1)
+            lists = _lists(*points)
+            history.append(tuple(links for _, _, links in points))
+        return _follow(self.stages, history[::-1], len(lists[0][0]) - 1)
 
-    def _points(self, operator: int, lists: Lists, target: float, most_points: int) -> list[Points]:
+    def _points(
+        self, operator: int, lists: tuple[Lists, Lists], target: float, most_points: int
+    ) -> tuple[Points, Points, Points]:
         held, ticks = self.relaxation.before(operator)
-        points = []
-        for state in range(1 + self.stages.two_lists[operator]):
+        points: list[Points] = []
+        for state, same in enumerate(self.stages.same_as[operator].tolist()):
+            if same < state:
+                points.append(points[same])
+                continue
             need, time, links = _extend(self.stages, operator, state, lists)
             kept, bounds = kernels.prune(
                 need, time, self.room, self.least[operator], self.most[operator], held, ticks, target
@@ -127,31 +128,36 @@ class _Search:
                 lowest = np.argpartition(bounds, most_points)[:most_points]
                 kept = kept[np.union1d(lowest, [0])]
             points.append((need[kept], time[kept], links[kept]))
-        return points
+        return points[0], points[1], points[2]
 
 
-def _extend(stages: Stages, operator: int, state: int, lists: Lists) -> Points:
+def _extend(stages: Stages, operator: int, state: int, lists: tuple[Lists, Lists]) -> Points:
     options = slice(stages.num_options[operator])
     return kernels.extend(
         stages.held[state, operator, options],
-        stages.working[operator, options],
+        stages.working[state, operator, options],
         stages.ticks[operator, options],
         stages.leads_to[operator, options],
         *lists,
     )
 
 
+def _lists(*points: Points) -> tuple[Lists, Lists]:
+    """Needs and times of the lists of the three states."""
+    (need_0, time_0, _), (need_1, time_1, _), (need_2, time_2, _) = points
+    return (need_0, need_1, need_2), (time_0, time_1, time_2)
+
+
 def _minimum(stages: Stages) -> int:
     """Bytes of the schedule that needs least."""
     lists = empty_suffix()
     for operator in range(stages.num_operators - 1, -1, -1):
-        points = [_extend(stages, operator, state, lists) for state in range(1 + stages.two_lists[operator])]
-        first, last = points[0], points[-1]
-        lists = first[0][:1], first[1][:1], last[0][:1], last[1][:1]
-    return int(lists[0][0])
+        least = [_extend(stages, operator, state, lists) for state in Before]
+        lists = _lists(*((need[:1], time[:1], links[:1]) for need, time, links in least))
+    return int(lists[0][0][0])
 
 
-def _follow(stages: Stages, history: list[tuple[Links, Links]], point: int) -> list[int]:
+def _follow(stages: Stages, history: list[tuple[Links, ...]], point: int) -> list[int]:
     state, choices = 0, []
     for operator, links in enumerate(history):
         link = int(links[state][point])
@@ -163,8 +169,8 @@ def _follow(stages: Stages, history: list[tuple[Links, Links]], point: int) -> l
 def _held_before(stages: Stages) -> tuple[Ints, Ints]:
     """Per operator: least and most bytes that the operators before it can hold."""
     counts = [len(modes) for modes in stages.modes]
-    least = [int(stages.held[1, operator, :count].min()) for operator, count in enumerate(counts)]
-    most = [int(stages.held[0, operator, :count].max()) for operator, count in enumerate(counts)]
+    least = [int(stages.held[:, operator, :count].min()) for operator, count in enumerate(counts)]
+    most = [int(stages.held[:, operator, :count].max()) for operator, count in enumerate(counts)]
     return np.cumsum([0, *least]), np.cumsum([0, *most])
 
 
@@ -172,7 +178,7 @@ def _relax(stages: Stages) -> Relaxation:
     segments: list[tuple[float, int, int, int]] = []
     starts = []
     for operator, modes in enumerate(stages.modes):
-        held = stages.held[1, operator, : len(modes)].tolist()
+        held = stages.held[:, operator, : len(modes)].min(axis=0).tolist()
         ticks = stages.ticks[operator, : len(modes)].tolist()
         hull = _lower_hull(sorted(zip(held, ticks, strict=True)))
         starts.append(hull[0])

@@ -17,10 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from revdist.errors import InvalidCosts
-from revdist.planning.costs import Mode, Option, Profile
+from revdist.planning.costs import Before, Mode, Option, Profile
 from revdist.planning.kernels import Ints
-
-Flags = npt.NDArray[np.bool_]
 
 TICK_BITS = 50
 MAX_OPTIONS = len(Mode)
@@ -28,14 +26,14 @@ MAX_OPTIONS = len(Mode)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Stages:
-    """Options of n operators, padded to four; state 1 means that the operator before holds its output."""
+    """Options of n operators, padded to four, in three states: `Before`, what the operator before does."""
 
     modes: tuple[tuple[Mode, ...], ...]
     """Per operator: the modes its options stand for."""
     held: Ints
-    """(2, n, 4) bytes held, by the state in which the operator is reached."""
+    """(3, n, 4) bytes held, by the state in which the operator is reached."""
     working: Ints
-    """(n, 4) bytes on top."""
+    """(3, n, 4) bytes on top, by the same."""
     ticks: Ints
     """(n, 4) extra time in ticks."""
     extra_s: npt.NDArray[np.float64]
@@ -46,8 +44,8 @@ class Stages:
     """Ticks that guarantees count from: `base_s`, or the slowest schedule's extra time where that is more."""
     num_options: Ints
     """(n,) options of each operator."""
-    two_lists: Flags
-    """(n,) whether both states occur and cost differently; else both rows of `held` are of the one that occurs."""
+    same_as: Ints
+    """(n, 3) the first state that costs the same; one that does not occur costs what one does that occurs."""
 
     @property
     def num_operators(self) -> int:
@@ -66,33 +64,53 @@ def arrange(profile: Profile, modes: Collection[Mode] | None = None) -> Stages:
     seconds: list[float] = []
     for options in operators:
         for o in options:
-            numbers += (o.held_bytes, o.held_bytes - o.shared_bytes, o.working_bytes, o.holds_output)
+            numbers += (o.held_bytes, o.shared_bytes, o.working_bytes, o.handed_bytes, o.spared_bytes, o.does)
             seconds.append(o.extra_s)
         padding = MAX_OPTIONS - len(options)
-        numbers += (0, 0, 0, 0) * padding
+        numbers += (0, 0, 0, 0, 0, 0) * padding
         seconds += (0.0,) * padding
-    held, own, working, holds = np.array(numbers, np.int64).reshape(-1, MAX_OPTIONS, 4).transpose(2, 0, 1)
+    held, shared, working, handed, spared, leads_to = (
+        np.array(numbers, np.int64).reshape(-1, MAX_OPTIONS, 6).transpose(2, 0, 1)
+    )
     extra_s = np.array(seconds).reshape(-1, MAX_OPTIONS)
     num_options = np.array([len(options) for options in operators])
-    occurs = _occurring(holds.sum(axis=1), num_options)
-    states = np.stack([np.where(occurs[0, :, None], held, own), np.where(occurs[1, :, None], own, held)])
+    found = _found(leads_to, num_options)
+    held = np.stack([held, held - shared, held])[found]
+    working = np.stack([working - handed, working - handed - spared, working])[found]
     return Stages(
         modes=tuple(tuple(option.mode for option in options) for options in operators),
-        held=states,
-        working=np.ascontiguousarray(working),
+        held=held,
+        working=working,
         ticks=np.rint(np.ldexp(extra_s, shift)).astype(np.int64),
         extra_s=extra_s,
-        leads_to=np.ascontiguousarray(holds),
+        leads_to=np.ascontiguousarray(leads_to),
         reference=_scaled(max(profile.base_s, slowest_s), shift),
         num_options=num_options,
-        two_lists=(states[0] != states[1]).any(axis=1),
+        same_as=_same_as(held, working),
     )
 
 
-def _occurring(num_holding: Ints, num_options: Ints) -> Flags:
-    """(2, n) the states in which each operator can be reached; num_holding: options that hold their output."""
-    after = np.stack([num_holding < num_options, num_holding > 0])
-    return np.concatenate([[[True], [False]], after[:, :-1]], axis=1)
+def _found(leads_to: Ints, num_options: Ints) -> tuple[Ints, Ints]:
+    """Index that takes (3, n, 4) bytes by state to those of the states that occur.
+
+    A state in which no option of the operator before leaves off is given another that occurs.
+    """
+    num_operators = len(leads_to)
+    is_option = np.arange(MAX_OPTIONS) < num_options[:, None]
+    occurs = np.zeros((len(Before), num_operators), np.bool_)
+    occurs[Before.KEEPS, 0] = True
+    for state in Before:
+        occurs[state, 1:] = ((leads_to == state) & is_option).any(axis=1)[:-1]
+    states = np.where(occurs, np.arange(len(Before))[:, None], occurs.argmax(axis=0))
+    return states, np.arange(num_operators)
+
+
+def _same_as(held: Ints, working: Ints) -> Ints:
+    same = np.tile(np.arange(len(Before)), (held.shape[1], 1))
+    for state, other in ((2, 1), (2, 0), (1, 0)):
+        equal = (held[state] == held[other]).all(axis=1) & (working[state] == working[other]).all(axis=1)
+        same[equal, state] = other
+    return same
 
 
 def _scaled(seconds: float, shift: int) -> float:

@@ -1,10 +1,10 @@
 """The dynamic program over a chain: one pass from the last operator to the first, then recovery.
 
-For the suffix that starts at operator i, reached in state s (1: the operator before holds its
-output), the list L_i(s) holds every non-dominated pair (need in bytes, time in ticks):
+For the suffix that starts at operator i, reached in state s (`costs.Before`: what the operator before
+does), the list L_i(s) holds every non-dominated pair (need in bytes, time in ticks):
 
     L_n(s) = {(0, 0)}
-    L_i(s) = non-dominated of { (held_i(c, s) + max(working_i(c), m), extra_i(c) + v)
+    L_i(s) = non-dominated of { (held_i(c, s) + max(working_i(c, s), m), extra_i(c) + v)
                                 : c an option of i, (m, v) in L_{i+1}(leads_to(c)) }
 
 (Nemhauser and Ullmann's dominance rule for the 0/1 knapsack, Management Science 15(9), 1969, with
@@ -29,7 +29,8 @@ import numpy.typing as npt
 
 from revdist.errors import UsageError
 from revdist.planning import kernels
-from revdist.planning.kernels import CHOICES_PER_BYTE, OPTION_BITS, OPTION_MASK, Ints, Links
+from revdist.planning.costs import Before
+from revdist.planning.kernels import CHOICES_PER_BYTE, OPTION_BITS, OPTION_MASK, Ints, Links, Lists
 from revdist.planning.stages import Stages
 
 LIST_POINTS = 2**14
@@ -45,11 +46,9 @@ HISTORY_POINTS = 2**24
 CHOICE_BYTES = 2**25
 """Size past which the recovered schedules are thinned, where a guarantee allows it."""
 
-Lists = tuple[Ints, Ints, Ints, Ints]
-"""Need and time of state 0, then of state 1; both the same arrays where the state makes no difference."""
-
+NUM_STATES = len(Before)
 NO_LINKS = np.empty(0, np.int32)
-NO_STARTS = np.empty((0, 2), np.int64)
+NO_STARTS = np.empty((0, NUM_STATES), np.int64)
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,11 +57,12 @@ class Segment:
 
     first: int
     last: int
-    behind: Lists
+    behind: tuple[Lists, Lists]
+    """Needs and times."""
     links: Links
     """Of all operators, one after another; empty once forgotten."""
     starts: Ints
-    """(last - first, 2) where the links of each operator start, by state."""
+    """(last - first, 3) where the links of each operator start, by state."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def sweep(stages: Stages, guarantee: float) -> Solution:
         lists = _run(stages, segment, trim, again=False)
         segments.append(segment)
         _forget(segments)
-    need, time = lists[:2]
+    need, time = lists[0][Before.KEEPS], lists[1][Before.KEEPS]
     kept = trim.answer(need, time)
     return _recover(stages, segments, trim, need, kept)
 
@@ -160,38 +160,38 @@ def check_length(stages: Stages, operator: int, length: int) -> None:
         )
 
 
-def empty_suffix() -> Lists:
-    """The lists behind the last operator: nothing is needed and nothing takes time."""
+def empty_suffix() -> tuple[Lists, Lists]:
+    """Needs and times behind the last operator: nothing is needed and nothing takes time."""
     zero = np.zeros(1, np.int64)
-    return zero, zero, zero, zero
+    return (zero, zero, zero), (zero, zero, zero)
 
 
-def _run(stages: Stages, segment: Segment, trim: Trim, *, again: bool) -> Lists:
+def _run(stages: Stages, segment: Segment, trim: Trim, *, again: bool) -> tuple[Lists, Lists]:
     """Extend the lists over a segment and keep its links; `again` repeats an earlier run to the bit."""
     lists, operator, used = segment.behind, segment.last, 0
-    segment.starts = np.empty((segment.last - segment.first, 2), np.int64)
+    segment.starts = np.empty((segment.last - segment.first, NUM_STATES), np.int64)
     parts = []
     while operator > segment.first:
-        *swept, links, starts, reached = kernels.sweep_back(
+        needs, times, links, starts, reached = kernels.sweep_back(
             stages.held,
             stages.working,
             stages.ticks,
             stages.leads_to,
             stages.num_options,
-            stages.two_lists,
+            stages.same_as,
             segment.first,
             operator,
             LIST_POINTS,
             *lists,
         )
-        lists = swept[0], swept[1], swept[2], swept[3]
+        lists = needs, times
         starts = starts[reached - segment.first :]
-        ratio = trim.ratios[reached] if again else trim.plan(reached, max(lists[1], lists[3], key=len))
+        ratio = trim.ratios[reached] if again else trim.plan(reached, max(times, key=len))
         if ratio > 1.0:
             lists, links, worst = _thin(lists, links, starts[0], trim.reference, ratio)
             if not again:
                 trim.spend(worst)
-                check_length(stages, reached, max(len(lists[1]), len(lists[3])))
+                check_length(stages, reached, max(map(len, lists[1])))
         segment.starts[reached - segment.first : operator - segment.first] = starts + used
         parts.append(links)
         used += len(links)
@@ -200,19 +200,22 @@ def _run(stages: Stages, segment: Segment, trim: Trim, *, again: bool) -> Lists:
     return lists
 
 
-def _thin(lists: Lists, links: Links, starts: Ints, reference: float, ratio: float) -> tuple[Lists, Links, float]:
+def _thin(
+    lists: tuple[Lists, Lists], links: Links, starts: Ints, reference: float, ratio: float
+) -> tuple[tuple[Lists, Lists], Links, float]:
     """Thin the lists of the last operator swept, whose links start at `starts` and are the last ones."""
-    need_0, time_0, need_1, time_1 = lists
-    kept_0, worst = kernels.thin(time_0, reference, ratio)
-    thinned = [links[: starts[0]], links[starts[0] :][kept_0]]
-    lists = need_0[kept_0], time_0[kept_0], need_0[kept_0], time_0[kept_0]
-    if starts[1] > starts[0]:
-        kept_1, worst_1 = kernels.thin(time_1, reference, ratio)
-        thinned.append(links[starts[1] :][kept_1])
-        starts[1] = starts[0] + len(kept_0)
-        lists = *lists[:2], need_1[kept_1], time_1[kept_1]
-        worst = max(worst, worst_1)
-    return lists, np.concatenate(thinned), worst
+    parts, used, worst = [links[: starts[0]]], int(starts[0]), 1.0
+    thinned: dict[int, tuple[int, Ints, Ints]] = {}
+    for need, time, start in zip(*lists, starts.tolist(), strict=True):
+        if start not in thinned:
+            kept, spent = kernels.thin(time, reference, ratio)
+            thinned[start] = used, need[kept], time[kept]
+            parts.append(links[start:][kept])
+            used, worst = used + len(kept), max(worst, spent)
+    states = [thinned[start] for start in starts.tolist()]
+    starts[:] = [start for start, _, _ in states]
+    (_, need_0, time_0), (_, need_1, time_1), (_, need_2, time_2) = states
+    return ((need_0, need_1, need_2), (time_0, time_1, time_2)), np.concatenate(parts), worst
 
 
 def _forget(segments: list[Segment]) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from revdist.planning.costs import Mode, Option
+from revdist.planning.costs import Before, Mode, Option
 from revdist.reversible.held import Held
 from revdist.reversible.observation import Observation
 
 Offered = Sequence[tuple[Mode, ...]]
 """Per operator, the modes that were measured."""
+
+Working = dict[tuple[int, Mode], dict[Before, int]]
+"""Per operator and mode: most bytes needed on top, by what the operator before did."""
 
 
 def derive_options(
@@ -28,30 +32,32 @@ def derive_options(
     `seconds` has the time of each operator under each mode.
     """
     storage = [_storage(index, modes, held) for index, modes in enumerate(offered)]
-    working: dict[tuple[int, Mode], int] = defaultdict(int)
-    for observation in observations:
-        occupied = outside_bytes
-        chosen = [storage[index][mode] for index, mode in enumerate(observation.modes)]
-        for index, option in enumerate(chosen):
-            occupied += option.held_bytes
-            if index and chosen[index - 1].holds_output:
-                occupied -= option.shared_bytes
-            key = index, option.mode
-            working[key] = max(working[key], observation.peaks_bytes[index] - occupied)
+    working = _working(storage, observations, outside_bytes)
     return tuple(
         tuple(
-            Option(
-                mode=mode,
-                held_bytes=option.held_bytes,
-                working_bytes=working[index, mode],
-                extra_s=seconds[index, mode] - min(seconds[index, other] for other in options),
-                shared_bytes=option.shared_bytes,
-                holds_output=option.holds_output,
-            )
+            dataclasses.replace(
+                option, extra_s=seconds[index, mode] - min(seconds[index, other] for other in options)
+            ).needing(working[index, mode])
             for mode, option in options.items()
         )
         for index, options in enumerate(storage)
     )
+
+
+def _working(
+    storage: Sequence[Mapping[Mode, Option]], observations: Sequence[Observation], outside_bytes: int
+) -> Working:
+    working: Working = defaultdict(dict)
+    for observation in observations:
+        occupied = outside_bytes
+        chosen = [storage[index][mode] for index, mode in enumerate(observation.modes)]
+        before = Before.KEEPS
+        for index, option in enumerate(chosen):
+            occupied += option.held_bytes - (option.shared_bytes if before is Before.HOLDS else 0)
+            most = working[index, option.mode]
+            most[before] = max(most.get(before, 0), observation.peaks_bytes[index] - occupied)
+            before = option.does
+    return working
 
 
 def median_seconds(observations: Sequence[Observation]) -> dict[tuple[int, Mode], float]:

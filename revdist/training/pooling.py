@@ -10,7 +10,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from revdist.planning.costs import Mode, Option, Profile
+from revdist.planning.costs import Before, Mode, Option, Profile
 
 Operator = tuple[Option, ...]
 
@@ -59,14 +59,14 @@ def _pool_operator(own: Operator, measured: Sequence[Operator]) -> Operator:
 def _pool_option(own: Option, measured: Sequence[Option]) -> Option:
     held = max(option.held_bytes for option in measured)
     unshared = max(option.held_bytes - option.shared_bytes for option in measured)
+    working = {before: max(option.working_by_before[before] for option in measured) for before in Before}
     return dataclasses.replace(
         own,
         held_bytes=held,
-        working_bytes=max(option.working_bytes for option in measured),
         extra_s=statistics.median(option.extra_s for option in measured),
         shared_bytes=held - unshared,
         holds_output=all(option.holds_output for option in measured),
-    )
+    ).needing(working)
 
 
 def _common(sizes: Sequence[Operator]) -> tuple[Operator, ...]:

@@ -13,16 +13,17 @@ from revdist.planning.replay import Replay, replay
 
 @st.composite
 def options(draw: st.DrawFn, *, seconds: st.SearchStrategy[float]) -> list[Option]:
-    """Up to four options of one operator, some sharing their input with the operator before."""
+    """Up to four options of one operator, what some cost depending on what the operator before does."""
     modes = draw(st.sets(st.sampled_from(list(Mode)), min_size=1))
     made = []
     for mode in Mode:
         if mode in modes:
             held = draw(st.integers(0, 30))
+            working = draw(st.integers(0, 30))
             shared = draw(st.integers(0, held)) if draw(st.booleans()) else 0
-            made.append(
-                Option(mode, held, draw(st.integers(0, 30)), draw(seconds), shared, holds_output=draw(st.booleans()))
-            )
+            handed = draw(st.integers(0, working)) if draw(st.booleans()) else 0
+            spared = draw(st.integers(0, working - handed)) if draw(st.booleans()) else 0
+            made.append(Option(mode, held, working, draw(seconds), shared, draw(st.booleans()), handed, spared))
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from typing import Any
 
@@ -14,7 +15,7 @@ from planning_cases import ANY_SECONDS, profiles
 from revdist.errors import InvalidCosts
 from revdist.planning.costs import MAX_BYTES, Mode, Option, Plan, Profile, Schedule
 
-SAVE = Option(Mode.SAVE, 10, 5, 0.0, 4, True)
+SAVE = Option(Mode.SAVE, 10, 5, 0.0, 4, True, 2, 1)
 PROFILE = Profile.from_options([[SAVE, Option(Mode.INVERT, 0, 9, 0.5)], [SAVE]], base_s=1.0, outside_bytes=3)
 SCHEDULE = Schedule(modes=(Mode.SAVE, Mode.INVERT), extra_s=0.5, need_bytes=20)
 PLAN = Plan(
@@ -72,11 +73,43 @@ def test_profiles_that_cannot_be_are_refused(options: list[list[Option]], messag
         (("SAVE", 0, 0, "1"), "extra_s must be a number of seconds"),
         (("SAVE", 3, 0, 0.0, 4), "shared_bytes 4 exceeds held_bytes 3"),
         (("SAVE", 3, 0, 0.0, 0, "yes"), "holds_output must be true or false"),
+        (("SAVE", 9, 3, 0.0, 0, True, 2, 2), "handed_bytes 2 and spared_bytes 2 exceed working_bytes 3"),
     ],
 )
 def test_options_that_are_not_costs_are_refused(fields: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InvalidCosts, match=message):
         Option(*fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"micro_batch": True}, "micro_batch must be a positive integer, not True"),
+        ({"micro_batch": 0}, "micro_batch must be a positive integer, not 0"),
+        ({"operator_names": ("first", 2)}, "must be text, not 2"),
+        ({"device": None}, "must be text, not None"),
+        ({"reconstruction_error": (0.0, "small")}, "must be numbers that are not negative, not 'small'"),
+        ({"error_growth": (1.0, -1.0)}, "must be numbers that are not negative, not -1.0"),
+        ({"error_growth": (1.0,)}, "error_growth has 1 entries for 2 operators"),
+    ],
+)
+def test_facts_about_a_profile_that_are_none_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidCosts, match=message):
+        dataclasses.replace(PROFILE, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"micro_batch": 1.5}, "micro_batch must be a positive integer, not 1.5"),
+        ({"accumulation_steps": -1}, "accumulation_steps is -1"),
+        ({"share": float("nan")}, "share must be an integer, not nan"),
+        ({"device": 0}, "device must be text, not 0"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidCosts, match=message):
+        dataclasses.replace(PLAN, **fields)
 
 
 def _values() -> st.SearchStrategy[Any]:

@@ -56,6 +56,17 @@ def test_an_input_that_the_operator_before_holds_is_not_held_twice() -> None:
     assert replay(chain, [I, S]).need_bytes == 30
 
 
+def test_what_is_needed_on_top_depends_on_what_the_operator_before_does_with_its_output() -> None:
+    second = [Option(I, 0, 90, 0.0, handed_bytes=10, spared_bytes=25)]
+    chain = Profile.from_options(
+        [[Option(S, 40, 0, 0.0, holds_output=True), Option(I, 0, 0, 1.0), Option(R, 0, 0, 1.0)], second]
+    )
+    assert replay(chain, [I, I]).need_bytes == 90
+    assert replay(chain, [R, I]).need_bytes == 90 - 10
+    assert replay(chain, [S, I]).need_bytes == 40 + 90 - 10 - 25
+    assert replay(Profile.from_options([second]), [I]).need_bytes == 90 - 10
+
+
 def test_uniform_takes_the_fastest_option_where_the_mode_is_not_offered() -> None:
     assert uniform(THREE, I).modes == (I, I, S)
     assert uniform(THREE, R).modes == (S, S, R)
