@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, final
 
 import ray
@@ -16,6 +17,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from revdist.cluster.actor import NUM_THREADS, Location, ReplicaActor
+from revdist.cluster.errands import Errands
 from revdist.cluster.placement import Host, Place
 from revdist.config import CoTenantConfig
 from revdist.errors import RevdistError
@@ -115,6 +117,7 @@ class Fleet:
         self._hearts: dict[int, _Heart] = {}
         self._next = 0
         self._looked_s = time.monotonic()
+        self._errands = Errands()
         for place in places:
             self.add(place)
 
@@ -141,6 +144,10 @@ class Fleet:
     def free_hosts(self) -> list[Host]:
         """Where the run may start further actors, with what is free there."""
         return hosts(self._placement_group)
+
+    def look_for_hosts(self) -> Future[list[Host]]:
+        """As `free_hosts`, without waiting for the Ray head."""
+        return self._errands.send(self.free_hosts)
 
     def locate(self, addresses: Mapping[int, str]) -> list[Location]:
         """Where actors run, with their devices open. Raises what opening a device raises."""
@@ -237,7 +244,7 @@ class Fleet:
         self._hearts.pop(member, None)
         self.dismiss(member)
         if actor is not None:
-            ray.kill(actor, no_restart=True)
+            self._errands.send(lambda: ray.kill(actor, no_restart=True))
 
     def rest_of_logs(self, newest: Mapping[int, LogReport]) -> Iterator[tuple[int, LogReport]]:
         """What members have printed since their newest report; nothing of those that do not answer."""
@@ -253,6 +260,7 @@ class Fleet:
 
     def kill(self) -> None:
         """End every actor, and what it started, and wait until they are gone."""
+        self._errands.wait(_DEATH_S)
         actors = list(self._actors.values())
         for actor in actors:
             ray.kill(actor, no_restart=True)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, final
 
 from ray.exceptions import RayActorError
 
 from revdist.cluster.actor import Location
 from revdist.cluster.fleet import Fleet
-from revdist.cluster.placement import Place, place_another
+from revdist.cluster.placement import Host, Place, place_another
 from revdist.config import RunConfig
 from revdist.errors import RevdistError
 from revdist.training.orders import Assignment
@@ -77,6 +78,7 @@ class Recruiter:
         self._failed = 0
         self._newcomers: dict[int, _Newcomer] = {}
         self._next_look_s = 0.0
+        self._looking: Future[list[Host]] | None = None
         self._shunned_until_s: dict[str, float] = {}
         """By node."""
 
@@ -127,8 +129,7 @@ class Recruiter:
             elif newcomer.location is None and time.monotonic() > newcomer.asked_s + _ANSWER_S:
                 self._shunned_until_s[newcomer.place.node_id] = time.monotonic() + _SHUN_S
                 self.fail(member, f"its host did not answer for {_ANSWER_S:.0f} s")
-        if not self._newcomers and time.monotonic() >= self._next_look_s:
-            self._next_look_s = time.monotonic() + _LOOK_S
+        if not self._newcomers:
             self._look()
         ready = {m: n.location for m, n in self._newcomers.items() if n.ready and n.location is not None}
         for member in ready:
@@ -136,11 +137,22 @@ class Recruiter:
         return ready
 
     def _look(self) -> None:
+        """Ask for hosts with room once in a while, and use what was found, whenever that comes."""
         if len(self._places) >= self.most_members or not self._may_look:
             return
+        if self._looking is None and time.monotonic() >= self._next_look_s:
+            self._looking = self._fleet.look_for_hosts()
+        if self._looking is None or not self._looking.done():
+            return
+        looked, self._looking = self._looking, None
+        self._next_look_s = max(self._next_look_s, time.monotonic() + _LOOK_S)
+        if looked.exception() is None:  # else the Ray head is away: ask again later
+            self._recruit(looked.result())
+
+    def _recruit(self, hosts: Sequence[Host]) -> None:
         lost = self._lost if self._restarts < self._config.workers.max_restarts else []
         now_s = time.monotonic()
-        answering = [one for one in self._fleet.free_hosts() if self._shunned_until_s.get(one.node_id, now_s) <= now_s]
+        answering = [one for one in hosts if self._shunned_until_s.get(one.node_id, now_s) <= now_s]
         place = place_another(self._config, answering, tuple(self._places.values()), lost, rank=-1)
         if place is None:
             return

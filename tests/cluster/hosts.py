@@ -29,7 +29,8 @@ _PATIENCE_S = 60.0
 _ROOT = Path(__file__).parent.parent.parent
 _PATHS = (_ROOT, _ROOT / "tests" / "training", _ROOT / "tests" / "cluster")
 
-REVDIST = (sys.executable, "-m", "revdist.cli")
+PYTHON = sys.executable
+REVDIST = (PYTHON, "-m", "revdist.cli")
 _RAY = str(Path(sys.executable).with_name("ray"))
 
 _WAIT_FOR_THE_END = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); sys.stdin.read()"
@@ -90,19 +91,13 @@ class Host:
         self.home = folder / name
         self.is_on = True
         self._wire = wire
+        self._hosts_file = hosts_file
         self._port = f"to-{name}"
         self._popens: list[subprocess.Popen[Any]] = []
+        self._numbers = itertools.count(1)
         self.home.mkdir()
-        resolver = self.home / "resolv.conf"
-        resolver.touch()  # without a name server, look-ups fail at once
-        boot = _BOOT.format(
-            hosts=shlex.quote(str(hosts_file)),
-            resolver=shlex.quote(str(resolver)),
-            name=name,
-            python=shlex.quote(sys.executable),
-            wait=shlex.quote(_WAIT_FOR_THE_END),
-        )
-        self._namespace = _Namespace(boot)
+        (self.home / "resolv.conf").touch()  # without a name server, look-ups fail at once
+        self._namespace = self._boot()
         self._connect()
 
     @property
@@ -133,7 +128,7 @@ class Host:
 
         Raises AssertionError with its output where it takes longer.
         """
-        log = self.home / f"command-{len(self._popens)}.log"  # a pipe would wait for daemons, which inherit it
+        log = self.home / f"command-{next(self._numbers)}.log"  # a pipe would wait for daemons, which inherit it
         with log.open("w") as out:
             popen = self.popen(command, environment=environment, stdout=out, stderr=subprocess.STDOUT)
         try:
@@ -149,20 +144,22 @@ class Host:
         assert done.returncode == 0, f"{shlex.join(command)} on {self.name} failed:\n{done.text}"
         return done.text
 
-    def start_ray(self, head: Host | None = None) -> None:
+    def start_ray(self, head: Host | None = None, *, environment: Mapping[str, str] | None = None) -> None:
         """Start Ray on this host: a cluster's head, or a node of the cluster that `head` has started."""
         where = [f"--address={head.address}:{RAY_PORT}"] if head else ["--head", f"--port={RAY_PORT}"]
         more = ["--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats"]
         more += [] if head else ["--include-dashboard=false"]
-        self.check([_RAY, "start", *where, f"--node-ip-address={self.address}", *more], timeout_s=90)
+        self.check(
+            [_RAY, "start", *where, f"--node-ip-address={self.address}", *more], timeout_s=90, environment=environment
+        )
 
     def revdist(self, *arguments: str | os.PathLike[str], timeout_s: float = 100) -> Output:
         """Run the command `revdist` on this host."""
         return self.run([*REVDIST, *map(str, arguments)], timeout_s=timeout_s)
 
     def processes(self) -> list[psutil.Process]:
-        """What runs on this host, seen from outside."""
-        return self._namespace.processes()
+        """What runs on this host, seen from outside; nothing while it is off."""
+        return self._namespace.processes() if self.is_on else []
 
     def cut_link(self) -> None:
         """Pull the network cable."""
@@ -182,6 +179,27 @@ class Host:
         for popen in self._popens:
             popen.kill()
             popen.wait()
+        self._popens.clear()
+        with contextlib.suppress(subprocess.CalledProcessError):  # the kernel may have removed it by now
+            self._wire.do("ip", "link", "delete", self._port, stderr=subprocess.DEVNULL)
+
+    def power_on(self) -> None:
+        """Boot again, with the name, the address and the disk that it had; memory and /tmp/ray are empty."""
+        assert not self.is_on
+        self._namespace = self._boot()
+        self._connect()
+        self.is_on = True
+
+    def _boot(self) -> _Namespace:
+        return _Namespace(
+            _BOOT.format(
+                hosts=shlex.quote(str(self._hosts_file)),
+                resolver=shlex.quote(str(self.home / "resolv.conf")),
+                name=self.name,
+                python=shlex.quote(sys.executable),
+                wait=shlex.quote(_WAIT_FOR_THE_END),
+            )
+        )
 
     def _connect(self) -> None:
         wire, inside = self._wire, self._namespace
@@ -273,9 +291,9 @@ class _Namespace:
         """The command that runs a command inside."""
         return ["nsenter", f"--target={self.first_pid}", "--net", "--pid", "--mount", "--uts", "--", *command]
 
-    def do(self, *command: str) -> None:
+    def do(self, *command: str, **more: Any) -> None:
         """Run a command on the network inside, with the machine's own pids and files. It must succeed."""
-        subprocess.run(["nsenter", f"--target={self.first_pid}", "--net", "--", *command], check=True)
+        subprocess.run(["nsenter", f"--target={self.first_pid}", "--net", "--", *command], check=True, **more)
 
     def processes(self) -> list[psutil.Process]:
         own = os.stat(f"/proc/{self.first_pid}/ns/pid").st_ino
