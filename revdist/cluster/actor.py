@@ -14,9 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from revdist.cluster.placement import Place
+from revdist.cluster.run_record import RUN_DIR, RUN_ID
 from revdist.config import CoTenantConfig
 from revdist.devices import list_devices, open_device
 from revdist.devices.cpu import CpuDevice
@@ -34,6 +37,10 @@ NUM_THREADS = 6
 """Calls an actor answers at once; one of them waits for reports."""
 _SAVE_S = 120.0
 """Longest time that an orphan takes to save before it leaves."""
+_STUCK_S = 10.0
+"""Least time for an orphan to reach a step boundary with the others, before it saves what it holds by itself."""
+_LOOK_S = 2.0
+"""Seconds between looks at who has the run directory."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +118,8 @@ class ReplicaActor:
         from revdist.cluster.logs import LogSender
 
         self._assignment = assignment
+        if RUN_DIR in os.environ:
+            threading.Thread(target=self._leave_to_another, name="revdist-claim", daemon=True).start()
         if self._orphan_s is not None:
             threading.Thread(target=self._leave_as_orphan, name="revdist-orphan", daemon=True).start()
         LogSender(self._channels()[1]).start()
@@ -199,8 +208,24 @@ class ReplicaActor:
             time.sleep(self._orphan_s / 20)
         inbox, outbox = self._channels()
         inbox.stop(f"no supervisor for {self._orphan_s:.0f} s")
-        outbox.wait_until_closed(_SAVE_S)
+        if not outbox.wait_until_closed(max(_STUCK_S, self._orphan_s / 2)):
+            inbox.abandon(self._may_write)  # a rank is lost as well, and nobody orders a group without it
+            outbox.wait_until_closed(_SAVE_S)
         os._exit(0)
+
+    def _leave_to_another(self) -> None:
+        """End at once where another run has taken the directory: this one's driver is gone, and two must not write."""
+        from revdist.cluster.claim import is_superseded
+
+        run_dir, run_id = Path(os.environ[RUN_DIR]), os.environ[RUN_ID]
+        while not is_superseded(run_dir, run_id):
+            time.sleep(_LOOK_S)
+        os._exit(0)
+
+    def _may_write(self) -> AbstractContextManager[bool]:
+        from revdist.cluster.claim import right_to_write
+
+        return right_to_write(Path(os.environ[RUN_DIR]), os.environ[RUN_ID], patience_s=_SAVE_S / 4)
 
     def _channels(self) -> tuple[Inbox, Outbox]:
         if self._inbox is None or self._outbox is None:

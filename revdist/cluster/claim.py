@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -17,8 +17,8 @@ from typing import Any, Self, final
 from revdist.cluster.failure_lines import failure_lines
 from revdist.cluster.observer import Observer
 from revdist.cluster.processes import own_process
-from revdist.cluster.run_record import FILE, RUN_ID, RunRecord, State, read_record, write_record
-from revdist.errors import ConfigError, Preempted, RevdistError
+from revdist.cluster.run_record import FILE, RUN_DIR, RUN_ID, RunRecord, State, read_record, write_record
+from revdist.errors import ConfigError, Preempted, RevdistError, UsageError
 
 LOCK = "run.lock"
 DETACHED = "REVDIST_DETACHED"
@@ -64,6 +64,43 @@ def refuse_living(run_dir: Path) -> None:
         raise _taken(run_dir)
 
 
+def is_superseded(run_dir: Path, run_id: str) -> bool:
+    """Whether another run than this one has taken the directory, as far as this host sees it."""
+    try:
+        record = read_record(run_dir)
+    except UsageError:
+        return False
+    return record is not None and record.run_id != run_id
+
+
+@contextlib.contextmanager
+def right_to_write(run_dir: Path, run_id: str, *, patience_s: float) -> Iterator[bool]:
+    """For a replica of a run that nobody supervises: whether it may write the directory, alone, until the end.
+
+    Not where a supervisor is alive, on whatever host, nor where another run has taken the directory or it cannot be
+    seen from here. Others that are left of the run are waited for.
+    """
+    lock = _lock_of_nobody(run_dir, patience_s)
+    try:
+        yield lock is not None and not is_superseded(run_dir, run_id)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock_of_nobody(run_dir: Path, patience_s: float) -> int | None:
+    until_s = time.monotonic() + patience_s
+    while (run_dir / FILE).exists():
+        try:
+            return _take_lock(run_dir)
+        except ConfigError:
+            if time.monotonic() > until_s:
+                return None
+        except OSError:
+            return None
+    return None
+
+
 @final
 class RunClaim(Observer):
     """A run directory taken for one session of a run. Use it as a context manager.
@@ -102,8 +139,9 @@ class RunClaim(Observer):
             raise ConfigError(
                 f"cannot write the run directory {self.run_dir}: {error.strerror}; choose another with --run-dir"
             ) from error
-        self._environment = {RUN_ID: os.environ.get(RUN_ID)}
-        os.environ[RUN_ID] = self.record.run_id
+        told = {RUN_ID: self.record.run_id, RUN_DIR: str(self.run_dir)}
+        self._environment = {name: os.environ.get(name) for name in told}
+        os.environ.update(told)
         return self
 
     def update(self, **changes: Any) -> None:

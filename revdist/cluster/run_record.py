@@ -21,6 +21,9 @@ FILE = "run.json"
 RUN_ID = "REVDIST_RUN_ID"
 """Variable that every process of a run is started with, so that all of them are found when it shall end."""
 
+RUN_DIR = "REVDIST_RUN_DIR"
+"""Variable: its run directory, for those of them that see it from their host."""
+
 RAY_SESSION = "REVDIST_RAY_SESSION"
 """Variable: folder of the Ray cluster's session, where a watchman keeps the cluster for the driver it starts."""
 

@@ -22,6 +22,7 @@ from revdist.errors import DeviceError, DeviceLost, RevdistError, RunFailed
 from revdist.planning.accuracy import largest_error
 from revdist.planning.costs import Mode, Profile
 from revdist.planning.replay import uniform
+from revdist.training.checkpoint_files import checkpoints
 from revdist.training.evaluation import evaluate
 from revdist.training.group import Group, announce, is_broken
 from revdist.training.local_planner import LocalPlanner
@@ -61,6 +62,7 @@ class Replica:
         self._membership: Membership | None = None
         self._saver = Saver(assignment.config, assignment.checkpoints, self._event)
         self._step = 0
+        self._trained: Trained | None = None
         self._loop: Loop | None = None
 
     @property
@@ -93,7 +95,7 @@ class Replica:
         self._device.activate(f"revdist {self._config.name} rank {self.rank}")
         if self._assignment.rendezvous is not None:
             announce(self._assignment.rendezvous)  # before user code is called, which may ask for its rank
-        trained = self._prepare()
+        self._trained = trained = self._prepare()
         self._membership = Membership(trained, self._group, self._inbox, self._outbox, rank=self.rank)
         self._loop = self._begin(trained, self._membership)
         if self._loop is None:
@@ -169,6 +171,7 @@ class Replica:
         assert self._loop is not None
         entry = self._membership.follow(self._loop)
         if entry is None:
+            self._save_alone(self._loop)
             raise RunFailed("told to stop while the group was broken: the newest checkpoint holds the state")
         self._loop.enter(entry.order, step=entry.step, reports=entry.reports)
 
@@ -295,6 +298,22 @@ class Replica:
         self._saver.save(
             trained.parts, trained.optimizer, step=self._loop.step, rank=self.rank, shares=shares, plans=plans
         )
+
+    def _save_alone(self, loop: Loop) -> None:
+        """Save what this replica holds where nobody leads the run any more, and nobody else has saved as much."""
+        may_write, trained = self._inbox.may_write, self._trained
+        if may_write is not None and trained is not None:
+            with may_write() as mine:
+                if mine and not any(one.step >= loop.step for one in checkpoints(self._assignment.checkpoints)):
+                    self._saver.save(
+                        trained.parts,
+                        trained.optimizer,
+                        step=loop.step,
+                        rank=0,
+                        shares=loop.shares,
+                        plans=(loop.plan,),
+                    )
+                    self._saver.finish()
 
     def _leave(self, trained: Trained) -> None:
         """Leave the group together: rank 0 hosts the store that the others still talk to.

@@ -187,10 +187,10 @@ class Outbox:
         with self._changed:
             return self._latest.get(kind)
 
-    def wait_until_closed(self, timeout_s: float) -> None:
-        """Wait for the last report."""
+    def wait_until_closed(self, timeout_s: float) -> bool:
+        """Wait for the last report; whether it has come."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed, timeout=timeout_s)
+            return self._changed.wait_for(lambda: self._closed, timeout=timeout_s)
 
     def close(self) -> None:
         """No more reports will come: readers need not wait."""

@@ -14,9 +14,9 @@ import pytest
 from runs import settings
 
 import revdist
-from revdist.cluster.claim import RunClaim, is_alive, refuse_living, state_of
+from revdist.cluster.claim import RunClaim, is_alive, is_superseded, refuse_living, right_to_write, state_of
 from revdist.cluster.processes import Process, own_process, started_with, writing_below
-from revdist.cluster.run_record import RUN_ID, read_record
+from revdist.cluster.run_record import RUN_DIR, RUN_ID, read_record
 from revdist.cluster.stopping import stop_run
 from revdist.errors import ConfigError, Preempted, RunFailed, UsageError
 
@@ -219,3 +219,32 @@ def test_processes_are_found_by_the_files_that_they_have_open(tmp_path: Path) ->
     finally:
         process.kill()
         process.wait(timeout=10)
+
+
+def test_who_is_left_of_a_run_may_write_it_while_nobody_supervises_it(run_dir: Path) -> None:
+    with claim(run_dir) as held:
+        run_id = held.record.run_id
+        (run_dir / "config.yaml").touch()
+        assert (os.environ[RUN_ID], os.environ[RUN_DIR]) == (run_id, str(run_dir))
+        with right_to_write(run_dir, run_id, patience_s=0) as mine:
+            assert not mine, "its supervisor lives"
+    assert RUN_DIR not in os.environ
+    with right_to_write(run_dir, run_id, patience_s=0) as mine:
+        assert mine
+        with pytest.raises(ConfigError, match="is running a run"):
+            claim(run_dir).__enter__()
+        with right_to_write(run_dir, run_id, patience_s=0) as another:
+            assert not another
+    with right_to_write(run_dir.with_name("elsewhere"), run_id, patience_s=0) as mine:
+        assert not mine, "it is not seen from here"
+
+
+def test_a_directory_that_another_run_has_taken_is_left_to_it(run_dir: Path) -> None:
+    with claim(run_dir) as first:
+        (run_dir / "config.yaml").touch()
+        assert not is_superseded(run_dir, first.record.run_id)
+    with claim(run_dir) as second:
+        assert is_superseded(run_dir, first.record.run_id)
+        assert not is_superseded(run_dir, second.record.run_id)
+    with right_to_write(run_dir, first.record.run_id, patience_s=0) as mine:
+        assert not mine

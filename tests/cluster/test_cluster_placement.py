@@ -119,3 +119,13 @@ def test_bundles_of_a_placement_group_are_places_of_their_own() -> None:
     assert [(entry.bundle, entry.any_device) for entry in places] == [(0, True), (1, True)]
     with pytest.raises(NoFreeDevice):
         place(RunConfig.from_mapping(settings(devices=THREE)), bundles)
+
+
+def test_a_part_of_the_devices_will_do_where_a_run_starts_again() -> None:
+    devices = [{"kind": "cpu", "capacity": "1MiB"}] * 4
+    config = RunConfig.from_mapping(settings(devices=devices, workers={"min": 2}))
+    with pytest.raises(NoFreeDevice):
+        place(config, [host(0, cpus=3)])
+    assert [entry.spec.name for entry in place(config, [host(0, cpus=3)], partly=True)] == ["cpu-0", "cpu-1", "cpu-2"]
+    with pytest.raises(NoFreeDevice, match="1 devices are free and the run wants 2"):
+        place(config, [host(0, cpus=1)], partly=True)

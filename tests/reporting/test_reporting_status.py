@@ -143,6 +143,21 @@ def test_lines_come_whole_and_once(tmp_path: Path) -> None:
     assert GrowingLines(path, newest_bytes=20).new() == [{"step": 4}]
 
 
+def test_a_file_written_anew_without_lost_steps_is_told_from_there_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def write(where: Path, *steps: tuple[int, float]) -> None:
+        where.write_text("".join(json.dumps({"step": step, "time": time}) + "\n" for step, time in steps))
+
+    write(path, (1, 10.0), (2, 11.0), (3, 12.0))
+    lines = GrowingLines(path)
+    assert [line["step"] for line in lines.new()] == [1, 2, 3]
+    write(tmp_path / "part", (1, 10.0), (2, 20.0))
+    (tmp_path / "part").replace(path)
+    assert [line["step"] for line in lines.new()] == [2]
+    assert lines.new() == []
+
+
 def test_a_follower_tells_of_the_newest_session_only(run_dir: Path) -> None:
     class Steps(Observer):
         def __init__(self) -> None:
