@@ -105,12 +105,13 @@ class Option:
     def needing(self, working: Mapping[Before, int]) -> Self:
         """This option with bytes needed on top, by what the operator before does.
 
-        Where holding or keeping is said to need more than what should need as much, all of these count as the
-        larger; what is not said counts as the most of all.
+        Holding spares bytes and inverting asks for more: where it seems to be the other way, or one of them is not
+        known, all count as the larger.
         """
         most = max(working.values())
-        held = working.get(Before.HOLDS, most)
-        kept = max(held, working.get(Before.KEEPS, most))
+        kept = working.get(Before.KEEPS, most)
+        held = working.get(Before.HOLDS, kept)
+        kept = max(kept, held)
         return dataclasses.replace(
             self,
             working_bytes=max(kept, working.get(Before.INVERTS, most)),

@@ -14,8 +14,8 @@ from revdist.reversible.observation import Observation
 Offered = Sequence[tuple[Mode, ...]]
 """Per operator, the modes that were measured."""
 
-Working = dict[tuple[int, Mode], dict[Before, int]]
-"""Per operator and mode: most bytes needed on top, by what the operator before did."""
+Seen = dict[Before, dict[Mode | None, int]]
+"""Most bytes that one option needed on top, by what the operator before did and the mode of the one behind."""
 
 
 def derive_options(
@@ -32,31 +32,47 @@ def derive_options(
     `seconds` has the time of each operator under each mode.
     """
     storage = [_storage(index, modes, held) for index, modes in enumerate(offered)]
-    working = _working(storage, observations, outside_bytes)
+    seen = _seen(storage, observations, outside_bytes)
     return tuple(
         tuple(
             dataclasses.replace(
                 option, extra_s=seconds[index, mode] - min(seconds[index, other] for other in options)
-            ).needing(working[index, mode])
+            ).needing(_working(seen[index, mode]))
             for mode, option in options.items()
         )
         for index, options in enumerate(storage)
     )
 
 
-def _working(
+def _seen(
     storage: Sequence[Mapping[Mode, Option]], observations: Sequence[Observation], outside_bytes: int
-) -> Working:
-    working: Working = defaultdict(dict)
+) -> dict[tuple[int, Mode], Seen]:
+    seen: dict[tuple[int, Mode], Seen] = defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
     for observation in observations:
         occupied = outside_bytes
-        chosen = [storage[index][mode] for index, mode in enumerate(observation.modes)]
         before = Before.KEEPS
-        for index, option in enumerate(chosen):
+        for index, (mode, behind) in enumerate(zip(observation.modes, (*observation.modes[1:], None), strict=True)):
+            option = storage[index][mode]
             occupied += option.held_bytes - (option.shared_bytes if before is Before.HOLDS else 0)
-            most = working[index, option.mode]
-            most[before] = max(most.get(before, 0), observation.peaks_bytes[index] - occupied)
+            most = seen[index, mode][before]
+            most[behind] = max(most[behind], observation.peaks_bytes[index] - occupied)
             before = option.does
+    return seen
+
+
+def _working(seen: Seen) -> dict[Before, int]:
+    """Most bytes needed on top, by what the operator before does.
+
+    Not every run of modes behind the operator was seen with every one before it. What one before it changes is
+    the same whatever comes behind: where more is known with another, that counts, changed by as much.
+    """
+    working = {before: max(most.values()) for before, most in seen.items()}
+    if Before.KEEPS in working:
+        for before in working.keys() - {Before.KEEPS}:
+            common = seen[before].keys() & seen[Before.KEEPS].keys()
+            changes = [seen[before][behind] - seen[Before.KEEPS][behind] for behind in common]
+            if changes:
+                working[before] = max(working[before], working[Before.KEEPS] + max(changes))
     return working
 
 

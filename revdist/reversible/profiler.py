@@ -112,12 +112,17 @@ class _Profiler:
         self._observe_mixtures()
 
     def _observe_mixtures(self) -> None:
-        """What neighbours of different modes need: every pair of modes, in turn along the chain, where it fits."""
+        """What neighbours of different modes need, where it fits: each pattern of two modes, along the chain."""
         everywhere = range(len(self._offered))
-        uniform = dict.fromkeys(self._taking(mode, everywhere) for mode in Mode)
-        for even, odd in itertools.permutations(uniform, 2):
+        uniform = {mode: self._taking(mode, everywhere) for mode in Mode}
+        mixtures = dict.fromkeys(
+            tuple(uniform[pattern[(index + shift) % len(pattern)]][index] for index in everywhere)
+            for pattern in _patterns()
+            for shift in range(len(pattern))
+        )
+        for mixture in [mixture for mixture in mixtures if mixture not in uniform.values()]:
             with contextlib.suppress(torch.OutOfMemoryError):
-                self._observe(tuple((even, odd)[index % 2][index] for index in everywhere))
+                self._observe(mixture)
 
     def _in_windows(self, mode: Mode, window: range) -> Iterator[Modes]:
         """Schedules with `mode` in this window, or in its halves where it does not fit.
@@ -216,6 +221,18 @@ class _Profiler:
             reconstruction_error=tuple(one.error for one in found),
             error_growth=tuple(one.growth for one in found),
         )
+
+
+def _patterns() -> Iterator[Modes]:
+    """Two modes in turn, then two by two; in a run of INVERT, what comes behind it is felt further up."""
+    for one, other in itertools.combinations(Mode, 2):
+        yield one, other
+        if Mode.INVERT not in (one, other):
+            yield one, one, other, other
+    for other in Mode:
+        if other is not Mode.INVERT:
+            yield Mode.INVERT, Mode.INVERT, other
+            yield Mode.INVERT, Mode.INVERT, Mode.INVERT, other
 
 
 def _offered(available: Modes, wanted: Collection[Mode] | None) -> Modes:

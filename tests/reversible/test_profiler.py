@@ -15,7 +15,15 @@ from revdist.models import RevNet
 from revdist.planning.costs import Mode, Profile
 from revdist.planning.frontier import solve
 from revdist.planning.replay import replay
-from revdist.reversible import AdditiveCoupling, ReversibleChain, find_chain, profile_chain
+from revdist.reversible import (
+    AdditiveCoupling,
+    AffineCoupling,
+    InvertibleConv1x1,
+    InvertibleConv2d,
+    ReversibleChain,
+    find_chain,
+    profile_chain,
+)
 from revdist.training.standalone import profile
 
 MIB = 2**20
@@ -59,12 +67,12 @@ def measured_need(model, x, meter, modes):
 
 
 def random_schedules(measured: Profile, count: int, seed: int = 0):
+    """Each with a taste of its own for each mode, so that runs of one mode occur as well as all mixed."""
     draw = random.Random(seed)
     for _ in range(count):
-        share = draw.choice((0.2, 0.5, 0.8))
+        taste = {mode: draw.random() for mode in Mode}
         yield tuple(
-            options[0].mode if len(options) == 1 or draw.random() < share else draw.choice(options[1:]).mode
-            for options in measured.options
+            draw.choices(options, [taste[option.mode] for option in options])[0].mode for options in measured.options
         )
 
 
@@ -88,33 +96,72 @@ def frozen_stem():
     return model
 
 
+def convolutions():
+    """Invertible convolutions, whose operators offer all four modes, and couplings between them."""
+    affine = AffineCoupling(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1))
+    additive = AdditiveCoupling(conv_branch(4), conv_branch(4))
+    first, last = InvertibleConv2d(8, 3), InvertibleConv2d(8, 3, padding="masked")
+    return ReversibleChain([InvertibleConv1x1(8), first, affine, InvertibleConv1x1(8), last, additive])
+
+
+class Attention(nn.Module):
+    """Self-attention of a sequence (B, T, C)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.attention = nn.MultiheadAttention(channels, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def transformer():
+    def feed_forward():
+        return nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
+
+    return ReversibleChain([AdditiveCoupling(Attention(16), feed_forward()) for _ in range(3)], split_dim=2)
+
+
+IMAGES = (8, 3, 16, 16)
 MODELS = {
-    "revnet": small_revnet,
-    "bottleneck": lambda: RevNet((3,), (16, 16), num_classes=5, bottleneck=True),
-    "affine, dropout": lambda: conv_chain(dropout=0.3).float(),
-    "layers outside": WithOutside,
-    "frozen stem": frozen_stem,
+    "revnet": (small_revnet, IMAGES),
+    "bottleneck": (lambda: RevNet((3,), (16, 16), num_classes=5, bottleneck=True), IMAGES),
+    "affine, dropout": (lambda: conv_chain(dropout=0.3).float(), IMAGES),
+    "layers outside": (WithOutside, IMAGES),
+    "frozen stem": (frozen_stem, IMAGES),
+    "one coupling": (lambda: ReversibleChain([AdditiveCoupling(conv_branch(4), conv_branch(4))]), (8, 8, 16, 16)),
+    "transformer": (transformer, (4, 32, 32)),
+    "convolutions": (convolutions, (8, 8, 8, 8)),
 }
+"""How each is built, and the shape of its batch."""
+
+LOOSE_BYTES = {"bottleneck": 262_528, "affine, dropout": 16_384, "convolutions": 16_448}
+"""By how much a peak may be predicted high: what an operator that inverts needs more with some neighbours behind it.
+
+That is half of the streams at most: where a run of couplings ends they are halves of one tensor and keep it all.
+Every other model is predicted to the byte.
+"""
 
 
-ON_DEVICE = (Mode.SAVE, Mode.INVERT, Mode.RECOMPUTE)
-
-
-@pytest.mark.parametrize(("modes", "mean_error"), [(ON_DEVICE, 0.03), (tuple(Mode), 0.06)])
 @pytest.mark.parametrize("name", MODELS)
-def test_predicted_need_is_never_below_the_measured_peak_and_close_to_it(name, modes, mean_error, open_device):
+def test_predicted_need_is_never_below_the_measured_peak_and_close_to_it(name, open_device):
     meter = open_device().meter()
-    model = MODELS[name]()
-    x = torch.randn(8, 3, 16, 16)
-    measured = profile_chain(model, x, loss_of, meter=meter, repeats=1, modes=modes)
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(shape)
+    measured = profile_chain(model, x, loss_of, meter=meter, repeats=1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    errors = []
-    for schedule in random_schedules(measured, 25):
+    excess, errors = [], []
+    for schedule in random_schedules(measured, 30):
         need = measured_need(model, x, meter, schedule)
-        errors.append(replay(measured, schedule).need_bytes / need - 1)
-    assert min(errors) >= 0
-    assert sum(errors) / len(errors) <= mean_error
+        excess.append(replay(measured, schedule).need_bytes - need)
+        errors.append(excess[-1] / need)
+    assert min(excess) >= 0
+    assert max(excess) <= LOOSE_BYTES.get(name, 0)
+    assert sum(errors) / len(errors) <= 0.01
 
 
 def test_planned_schedules_keep_their_budget(open_device):
