@@ -24,6 +24,8 @@ BOUND = 1e-9
 BATCH = 10
 HEARTBEAT_S = 3
 STEPS = 1200
+EVERY_STEPS = 200
+"""Between checkpoints."""
 MICRO_BATCHES = [1, 2, 4, 5]
 
 
@@ -91,7 +93,7 @@ def launch(host: Host, folder: Path, *arguments: str, environment: Mapping[str, 
         epochs=None,
         steps=STEPS,
         planning={"profile_repeats": 1, "micro_batches": MICRO_BATCHES},
-        checkpoint={"every_steps": 200},
+        checkpoint={"every_steps": EVERY_STEPS},
         faults={"heartbeat_s": HEARTBEAT_S},
     )
     (folder / "run.json").write_text(json.dumps(values))
