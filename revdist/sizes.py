@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from revdist.errors import ConfigError
@@ -30,4 +31,7 @@ def parse_bytes(value: int | str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(value))
     if match is None or match[2].lower() not in _UNITS:
         raise ConfigError(f"{value!r} is not a size: write bytes, or a number with KiB, MiB, GiB or TiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    size = float(match[1]) * _UNITS[match[2].lower()]
+    if size == math.inf:
+        raise ConfigError(f"{str(value)[:20]}... is not a size: it is larger than any number of bytes")
+    return int(size)

@@ -229,6 +229,23 @@ def test_a_plan_is_drawn_as_png(tmp_path: Path) -> None:
     assert (tmp_path / "card.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_plan_of_nothing_is_drawn_without_complaint(tmp_path: Path) -> None:
+    (tmp_path / "nothing.json").write_text(
+        '{"options": [[{"mode": "SAVE", "held_bytes": 0, "working_bytes": 0, "extra_s": 0}]]}'
+    )
+    result = run("plan", "--device-profile", tmp_path / "nothing.json", "--out", tmp_path / "nothing.png")
+    assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize("size", ["-5", "nan", "9" * 400, "6 apples"])
+def test_a_budget_that_is_no_size_is_refused(tmp_path: Path, size: str) -> None:
+    write_profiles(tmp_path / "card.json", [profile()])
+    result = run("plan", "--device-profile", tmp_path / "card.json", "--budget", size)
+    assert result.exit_code == 2
+    assert "is not a size" in result.stderr
+
+
 def test_a_plan_that_cannot_be_written_says_where(tmp_path: Path) -> None:
     write_profiles(tmp_path / "card.json", [profile()])
     result = run("plan", "--device-profile", tmp_path / "card.json", "--out", tmp_path / "no" / "card.png")

@@ -25,7 +25,7 @@ import numpy as np
 
 from revdist.errors import BudgetTooSmall, InvalidCosts
 from revdist.planning import kernels
-from revdist.planning.costs import Before, Mode, Profile, Schedule
+from revdist.planning.costs import MAX_BYTES, Before, Mode, Profile, Schedule
 from revdist.planning.kernels import OPTION_BITS, OPTION_MASK, Ints, Links, Lists, Points
 from revdist.planning.replay import schedule_of
 from revdist.planning.stages import Stages, arrange
@@ -59,7 +59,7 @@ class Relaxation:
 
 
 def solve_at(
-    profile: Profile, budget_bytes: int, *, guarantee: float = 0.0, modes: Collection[Mode] | None = None
+    profile: Profile, budget_bytes: float, *, guarantee: float = 0.0, modes: Collection[Mode] | None = None
 ) -> Schedule:
     """The fastest schedule of a chain within one budget, without the rest of the frontier.
 
@@ -70,11 +70,14 @@ def solve_at(
     """
     if not 0 <= guarantee < math.inf:
         raise InvalidCosts(f"guarantee is {guarantee}: it must be finite and not negative, 0.01 for one percent")
+    if math.isnan(budget_bytes):
+        raise InvalidCosts("budget_bytes is not a number")
+    budget_bytes = int(max(-1, min(budget_bytes, MAX_BYTES)) // 1)
     stages = arrange(profile, modes)
-    room = int(budget_bytes) - profile.outside_bytes
+    room = budget_bytes - profile.outside_bytes
     minimum = _minimum(stages)
     if room < minimum:
-        raise BudgetTooSmall(int(budget_bytes), minimum + profile.outside_bytes)
+        raise BudgetTooSmall(budget_bytes, minimum + profile.outside_bytes)
     search = _Search(stages, room)
     choices = search.run(math.inf, FIRST_POINTS)
     assert choices is not None

@@ -164,7 +164,7 @@ def timeline(
     axes.axvline(middle, color=MUTED, linewidth=0.8)
     _mode_ribbon(axes, [schedule.modes[moment.operator] for moment in moments])
     axes.set_xlim(0, len(moments))
-    axes.set_ylim(0, max(float(peak.max()), budget_bytes / size) * 1.1)
+    axes.set_ylim(0, max(float(peak.max()), budget_bytes / size) * 1.1 or 1.0)
     axes.set_xticks([middle / 2, middle * 1.5], ["forward: operators in order", "backward: in reverse"])
     axes.tick_params(axis="x", length=0, pad=9)
     axes.grid(visible=False, axis="x")

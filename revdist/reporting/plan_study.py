@@ -141,6 +141,11 @@ def one_more(found: Study) -> str:
     more = step_bytes(frontier)
     saved_s = now.extra_s - frontier.best(budget + more).extra_s
     buys = f"save {seconds(saved_s)} ({saved_s / step_s:.1%})" if saved_s else "change nothing"
+    if not saved_s:
+        following = frontier.schedule(frontier.index(budget) + 1)
+        next_s, next_bytes = now.extra_s - following.extra_s, following.need_bytes - budget
+        if following.need_bytes < fastest_bytes:
+            buys += f", {format_bytes(next_bytes)} more would save {seconds(next_s)}"
     rest = format_bytes(fastest_bytes - budget)
     return f"{place}{over}. One more {unit_name(more)} would {buys}; {rest} more would save all {seconds(now.extra_s)}."
 

@@ -118,6 +118,17 @@ def test_times_proportional_to_bytes_need_a_guarantee(monkeypatch: pytest.Monkey
     assert schedule.extra_s <= (sum(sizes) // 2 + 2**23) / 2**30
 
 
+def test_budgets_may_be_floats_and_without_end() -> None:
+    profile = distinct(5)
+    minimum = solve(profile).minimum_bytes
+    assert solve_at(profile, minimum + 0.9).need_bytes == minimum
+    assert solve_at(profile, float("inf")).strip == "SSSSS"
+    with pytest.raises(BudgetTooSmall):
+        solve_at(profile, -float("inf"))
+    with pytest.raises(InvalidCosts, match="not a number"):
+        solve_at(profile, float("nan"))
+
+
 def test_wrong_guarantees_are_refused() -> None:
     with pytest.raises(InvalidCosts, match="must be finite and not negative"):
         solve_at(distinct(3), 2**40, guarantee=-1.0)

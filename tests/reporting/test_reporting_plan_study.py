@@ -6,7 +6,7 @@ import pytest
 from sample_profiles import KIB, profile
 
 from revdist.errors import BudgetTooSmall
-from revdist.planning.costs import Mode
+from revdist.planning.costs import Mode, Option, Profile
 from revdist.planning.replay import replay
 from revdist.reporting.plan_study import (
     REACH,
@@ -75,6 +75,18 @@ def test_one_more_says_what_it_buys() -> None:
     sentence = one_more(found)
     assert sentence.startswith("At 10.0 MiB a micro-batch of 32 takes ")
     assert f"One more {unit_name(more)} would save {saved_ms:.3g} ms" in sentence
+
+
+def test_where_one_more_changes_nothing_the_next_gain_is_named() -> None:
+    sizes = 2 * MIB + 10, 20 * MIB  # one more MiB at the start does not reach the first gain
+    measured = Profile.from_options(
+        [[Option(Mode.SAVE, size, 0, 0.0), Option(Mode.INVERT, 0, 0, 0.002)] for size in sizes], base_s=0.01
+    )
+    found = study([measured], [5])
+    assert one_more(found) == (
+        "At 5 B a micro-batch of 1 takes 14 ms, 40% over the fastest. One more MiB would change nothing, "
+        "2.0 MiB more would save 2 ms; 22.0 MiB more would save all 4 ms."
+    )
 
 
 def test_where_everything_is_kept_more_memory_buys_nothing() -> None:
