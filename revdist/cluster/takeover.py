@@ -55,6 +55,11 @@ def find(run_id: str, *, threads: int) -> Crew | None:
     )
 
 
+def next_member(run_id: str) -> int:
+    """A number that no replica of a run has, dying ones included."""
+    return max(_actors(run_id), default=-1) + 1
+
+
 def end(run_id: str) -> int:
     """Kill the replicas of a run that outlived its driver, in the connected cluster; returns how many there were."""
     actors = _actors(run_id)

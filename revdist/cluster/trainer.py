@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from revdist.cluster.crew import Crew
     from revdist.cluster.fleet import Fleet
     from revdist.cluster.placement import Place
+    from revdist.cluster.restarting import Restarter
     from revdist.planning.costs import Plan
     from revdist.training.orders import Assignment, Rendezvous
 
@@ -131,6 +132,7 @@ class Trainer:
         # Ray is connected by now, and its modules can be imported.
         from revdist.cluster.logs import LogFiles
         from revdist.cluster.metrics import RunMetrics
+        from revdist.cluster.restarting import Restarter
         from revdist.training.run_directory import RunWriter
 
         run_dir = claim.run_dir
@@ -138,11 +140,19 @@ class Trainer:
         logs = LogFiles(self.choose_log_dir(run_dir))
         observer = Observers(claim, logs, RunMetrics(self.config.name), self.observer)
         assign = functools.partial(self._assignment, run_dir)
-        crew = self._find(claim, observer) or self._start(claim, observer, assign)
-        from revdist.cluster.controller import Controller  # while replicas load
-        from revdist.cluster.restarting import Restarter
-
         stop_reason = head.or_gone(stop)
+        restarter = Restarter(
+            self.config,
+            assign=lambda resume: functools.partial(self._assignment, run_dir, resume=resume),
+            checkpoint_folder=self._checkpoint_folder(run_dir),
+            stop_reason=stop_reason,
+        )
+        crew = self._find(claim, observer)
+        if crew is None and claim.orphans is not None:
+            crew = self._start_after_loss(claim, observer, restarter)
+        crew = crew or self._start(claim, observer, assign)
+        from revdist.cluster.controller import Controller  # while replicas load
+
         controller: Controller | None = None
         try:
             controller = Controller(
@@ -151,12 +161,7 @@ class Trainer:
                 writer,
                 observer,
                 assign=functools.partial(assign, len(crew.places)),
-                restarter=Restarter(
-                    self.config,
-                    assign=lambda resume: functools.partial(self._assignment, run_dir, resume=resume),
-                    checkpoint_folder=self._checkpoint_folder(run_dir),
-                    stop_reason=stop_reason,
-                ),
+                restarter=restarter,
                 checkpoint_folder=self._checkpoint_folder(run_dir),
                 stop_reason=stop_reason,
             )
@@ -182,6 +187,24 @@ class Trainer:
             newest(self._checkpoint_folder(claim.run_dir))
         if crew is not None:
             observer.on_start(claim.run_dir, [crew.locations[member].reading for member in crew.groups.members])
+        return crew
+
+    def _start_after_loss(self, claim: RunClaim, observer: Observer, restarter: Restarter) -> Crew:
+        """Replicas where those of a killed driver are gone too: perhaps with hosts, which Ray misses a minute later."""
+        from ray.util import get_current_placement_group
+
+        from revdist.cluster.fleet import Fleet
+        from revdist.cluster.takeover import next_member
+
+        run_id, group = claim.record.run_id, self.placement_group or get_current_placement_group()
+        fleet = Fleet((), threads=self.config.threads_per_worker, run_id=run_id, placement_group=group)
+        fleet.take_over({}, next_member=next_member(run_id))
+        try:
+            crew = restarter.restart(fleet)
+        except BaseException:
+            fleet.kill()
+            raise
+        observer.on_start(claim.run_dir, [location.reading for location in crew.locations.values()])
         return crew
 
     def _start(self, claim: RunClaim, observer: Observer, assign: Callable[..., Assignment]) -> Crew:
