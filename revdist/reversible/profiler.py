@@ -117,7 +117,7 @@ class _Profiler:
         uniform = {mode: self._taking(mode, everywhere) for mode in Mode}
         mixtures = dict.fromkeys(
             tuple(uniform[pattern[(index + shift) % len(pattern)]][index] for index in everywhere)
-            for pattern in _patterns()
+            for pattern in _patterns(self._offered)
             for shift in range(len(pattern))
         )
         for mixture in [mixture for mixture in mixtures if mixture not in uniform.values()]:
@@ -223,12 +223,18 @@ class _Profiler:
         )
 
 
-def _patterns() -> Iterator[Modes]:
-    """Two modes in turn, then two by two; in a run of INVERT, what comes behind it is felt further up."""
+def _patterns(offered: Offered) -> Iterator[Modes]:
+    """Two modes in turn; where operators are inverted as a whole, also two by two and in runs of INVERT.
+
+    What comes behind such a run is felt further up: an inverse may need more than the forward. A half of a
+    coupling needs what its branch does in either direction.
+    """
     for one, other in itertools.combinations(Mode, 2):
         yield one, other
-        if Mode.INVERT not in (one, other):
-            yield one, one, other, other
+    if not any(Mode.INVERT in modes and Mode.RECOMPUTE in modes for modes in offered):
+        return
+    for one, other in itertools.combinations([mode for mode in Mode if mode is not Mode.INVERT], 2):
+        yield one, one, other, other
     for other in Mode:
         if other is not Mode.INVERT:
             yield Mode.INVERT, Mode.INVERT, other

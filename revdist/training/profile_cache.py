@@ -6,6 +6,7 @@ profile depends on; a file that cannot be read is as good as none.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from revdist.errors import InvalidCosts
-from revdist.planning.costs import Profile
+from revdist.planning.costs import Option, Profile
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 
@@ -38,6 +39,7 @@ def profile_key(
     """What a profile holds for, hashed: the model's modules and shapes, the batch, the device type, and versions."""
     facts = {
         "revdist": importlib.metadata.version("revdist"),
+        "measured": [field.name for field in dataclasses.fields(Option)],
         "torch": torch.__version__,
         "device": device_type,
         "micro_batch": micro_batch,
