@@ -4,31 +4,24 @@
 starts the autoscaler's monitor and a log monitor. On a cluster that lives for one run there is nothing to
 scale, nobody to look, and replicas send what they print themselves. Each takes about a second of a core
 just when replicas load, which counts on a small machine. Ray has switches for them, but not in `ray.init`.
-
-It also waits until two agents of the node, which load for seconds, tell which ports they took. Told the ports
-beforehand, it does not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
-
-from revdist.cluster.ports import free_ports
 
 _WITHOUT: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
 """Ray's parameters of a node."""
-_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-"""Those of its agents' ports."""
 
 
 @contextlib.contextmanager
 def lean_head() -> Iterator[None]:
     """Within, a cluster that `ray.init` starts has no dashboard server, no autoscaler and no log monitor.
 
-    Nor is its start held up by agents that no run needs in order to begin.
     A Ray whose inner parts are named otherwise starts all of it, as it would without this.
     """
     from ray._private import parameter, services
@@ -36,20 +29,10 @@ def lean_head() -> Iterator[None]:
     with contextlib.ExitStack() as changes:
         if hasattr(services, "start_api_server"):
             changes.enter_context(_replaced(services, "start_api_server", _no_api_server))
-        given = _WITHOUT if _takes(parameter.RayParams, *_WITHOUT) else {}
-        if _takes(parameter.RayParams, *_PORTS):
-            given = {**given, **dict(zip(_PORTS, free_ports(len(_PORTS)), strict=False))}
-        changes.enter_context(_replaced(parameter, "RayParams", _with(parameter.RayParams, given)))
+        if _takes(parameter.RayParams, *_WITHOUT):
+            lean = functools.partial(parameter.RayParams, **_WITHOUT)
+            changes.enter_context(_replaced(parameter, "RayParams", lean))
         yield
-
-
-def _with(kind: type, given: Mapping[str, Any]) -> Callable[..., Any]:
-    """Makes values of a kind with some of its arguments given, whatever `ray.init` says."""
-
-    def make(**arguments: Any) -> Any:
-        return kind(**{**arguments, **given})
-
-    return make
 
 
 def _no_api_server(*_: Any, **__: Any) -> tuple[str, None]:

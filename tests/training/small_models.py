@@ -181,9 +181,8 @@ def classifier_with_trouble_at_a_join(trouble: str, folder: str) -> nn.Module:
     connect, is_newcomer, mark = connections._connect, "RANK" not in os.environ, Path(folder) / trouble
 
     def connect_with_trouble(store: Any, rendezvous: Any, devices: Any) -> Any:
-        beside_work = threading.current_thread().name == "revdist-connect"
-        here = is_newcomer if trouble == "death" else rendezvous.rank == 0 and beside_work
-        if here and not mark.exists():
+        here = is_newcomer if trouble == "death" else rendezvous.rank == 0
+        if here and threading.current_thread().name == "revdist-connect" and not mark.exists():
             mark.touch()
             if trouble == "death":
                 os.kill(os.getpid(), signal.SIGKILL)
