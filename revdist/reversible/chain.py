@@ -6,11 +6,14 @@ that the chain reads at each forward, so switching it rebuilds nothing and touch
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
 from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 
 from revdist.errors import UsageError
@@ -21,6 +24,7 @@ from revdist.reversible.demotion import LiveRecords
 from revdist.reversible.operator import Operator, Streams, operators_of
 from revdist.reversible.record import Record
 from revdist.reversible.replay import is_inside_operator
+from revdist.reversible.saved import Trace, are_hooks_in_force
 
 
 class Event(NamedTuple):
@@ -151,15 +155,20 @@ class ReversibleChain(nn.Module):
     def _run(self, inputs: Streams) -> Streams:
         self._live.prune()
         streams, record, ambience = inputs, None, Ambience(inputs[0].device)
+        traces: list[Trace] = []
+        # What owns a trace is a node behind it, so the last operator's needs the one that joins or halves its outputs.
+        joined = self.operators[-1].num_streams != len(inputs)
+        num_traced = 0 if are_hooks_in_force() else self.num_operators - (0 if joined else 1)
         for number, (operator, mode) in enumerate(zip(self.operators, self.schedule, strict=True)):
             streams = entering(streams, operator, None if record is None else record.operator, self.split_dim)
             may_invert = number not in self.never_inverted
             record = self._start(operator, mode, streams, ambience, before=record, may_invert=may_invert)
+            if number == 0:
+                _finish_before(record, streams)
             if self._observer is not None:
                 self._observer(Event("forward", number))
-            outputs = record.run(streams)
-            ambience = ambience.now()
-            record.end_forward(outputs, ambience)
+            outputs = record.run(streams, traces if number < num_traced else None)
+            ambience = record.end_forward(outputs, ambience)
             if self._observer is not None:
                 self._watch_backward(number, inputs=streams, outputs=outputs)
             streams = outputs
@@ -167,6 +176,8 @@ class ReversibleChain(nn.Module):
         assert record is not None
         streams = converted(streams, len(inputs), self.split_dim)
         record.close(Exit(streams))
+        if traces:
+            _own(traces, streams)
         return streams
 
     def _start(
@@ -205,6 +216,30 @@ class ReversibleChain(nn.Module):
         for stream in outputs:
             if stream.grad_fn is not None and all(stream is not other for other in inputs):
                 stream.grad_fn.register_prehook(emit)
+
+
+def _finish_before(record: Record, inputs: Streams) -> None:
+    """Let the first operator's input go where the backward is past the chain."""
+    for stream in inputs:
+        if stream.grad_fn is not None:
+            stream.grad_fn.register_prehook(functools.partial(_finish, weakref.ref(record)))
+
+
+def _finish(first: weakref.ref[Record], _: object) -> None:
+    if (record := first()) is not None and not _graph_is_kept():
+        record.finish()
+
+
+def _own(traces: list[Trace], outputs: Streams) -> None:
+    """Let the last node of the chain own what its operators left to autograd, but never itself."""
+    nodes = [stream.grad_fn for stream in outputs if stream.grad_fn is not None]
+    last = max(nodes, key=lambda node: node._sequence_nr())
+    others = [trace for trace in traces if last not in trace.roots]
+    last.register_prehook(functools.partial(_own_only, others))
+
+
+def _own_only(_: list[Trace], __: object) -> None:
+    """Called where the backward comes to the chain."""
 
 
 def _as_far_as_offered(modes: Sequence[Mode], operators: Sequence[Operator]) -> tuple[Mode, ...]:

@@ -8,7 +8,7 @@ before once it ends, also where it ends with an exception.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,29 +22,50 @@ from revdist.reversible.statistics import BatchStatistics
 if TYPE_CHECKING:
     from revdist.reversible.operator import Operator
 
+_DRAWLESS = frozenset({
+    nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Embedding,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid,
+    nn.Tanh, nn.Softplus, nn.Softmax, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.ZeroPad2d, nn.PixelShuffle, nn.PixelUnshuffle, nn.Upsample,
+})  # fmt: skip
+"""Modules of torch that never draw random numbers. Looking whether others did is dear between two kernels."""
+
 AutocastState = tuple[tuple[str, bool, torch.dtype, bool], ...]
 """Per device type: its name, whether autocast is on, to which type, and whether casts are cached."""
+
+
+_NO_STATISTICS = BatchStatistics(())
 
 
 class Ambience:
     """Random state and autocast at one point of a forward; operators between which neither changed share one."""
 
-    __slots__ = ("_autocast", "_device", "_random")
+    __slots__ = ("_device", "_random", "autocast")
 
     def __init__(self, device: torch.device, autocast: AutocastState | None = None) -> None:
         self._device = device
         self._random = _random_state(device)
-        self._autocast = _autocast_state(device) if autocast is None else autocast
+        self.autocast = _autocast_state(device) if autocast is None else autocast
+
+    def after(self, conditions: Conditions) -> Ambience:
+        """What a forward left that has just ended: this very object where it drew nothing, so that no more is kept."""
+        if not conditions.may_have_drawn():
+            return self
+        return self.now()
 
     def now(self) -> Ambience:
-        """The present random state: this very object where nobody drew, so that nothing more is kept."""
+        """The present random state: this very object where nobody drew."""
         if _random_state(self._device) == self._random:
             return self
-        return Ambience(self._device, self._autocast)
+        return Ambience(self._device, self.autocast)
 
     def entered(self, *, random: bool) -> contextlib.AbstractContextManager[None]:
         """Inside, autocast is as it was; if `random`, the present random state comes back afterwards."""
-        casts = [cast for cast in self._autocast if cast[1] or torch.is_autocast_enabled(cast[0])]
+        casts = [cast for cast in self.autocast if cast[1] or torch.is_autocast_enabled(cast[0])]
         return self._entered(casts, random=random) if casts or random else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -99,6 +120,17 @@ class Conditions:
         notes = self._notes.taking()
         return notes if self._collectives is None else _both(notes, self._collectives)
 
+    def key(self, inputs: tuple[tuple[bool, torch.dtype], ...]) -> Hashable:
+        """Forwards with the same key save the same tensors, as far as can be told before they run."""
+        return inputs, tuple(self._flags), tuple([p.requires_grad for p in self._parameters]), self._ambience.autocast
+
+    def may_have_drawn(self) -> bool:
+        """Whether the forward may have drawn random numbers: False where it cannot have."""
+        for module in self._modules:
+            if type(module) not in _DRAWLESS or module._forward_hooks or module._forward_pre_hooks:
+                return True
+        return False
+
     def close(self, ambience: Ambience) -> None:
         """Note what the forward, which has just ended, changed."""
         self._drew = ambience is not self._ambience
@@ -110,7 +142,7 @@ class Conditions:
         self._notes = Notes()
         self._snapshots = []
         self._collectives = None
-        self._statistics = BatchStatistics(())
+        self._statistics = _NO_STATISTICS
 
     def owned_ids(self) -> set[int]:
         """Identities of the operator's parameters, and of its buffers as they are now."""

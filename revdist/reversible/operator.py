@@ -9,6 +9,7 @@ a name in `state_dict`.
 from __future__ import annotations
 
 import abc
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from revdist.planning.costs import Mode
 from revdist.reversible.buffers import MutableBuffers
 from revdist.reversible.collectives import Communication
+from revdist.reversible.saved import Layout
 
 if TYPE_CHECKING:
     from revdist.reversible.replay import Replay
@@ -41,6 +43,8 @@ class Operator(abc.ABC):
         """To whose multiples the chain rounds the streams, unless the operator before leaves them there."""
         self.mutable_buffers = MutableBuffers()
         self.communication = Communication()
+        self.layouts: dict[Hashable, Layout | None] = {}
+        """Where its forwards leave what they save, by the conditions they ran under; None: that cannot be told."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"

@@ -62,9 +62,8 @@ def _run_forward(chain: ReversibleChain, inputs: Streams) -> tuple[list[Record],
             record = Record(
                 operator, Mode.INVERT, streams, ambience, before=None, split_dim=chain.split_dim, shortage=chain.demote
             )
-            streams = record.run(streams)
-            ambience = ambience.now()
-            record.end_forward(streams, ambience)
+            streams = record.run(streams, None)
+            ambience = record.end_forward(streams, ambience)
             record.close(Exit(()))
             records.append(record)
             before = operator

@@ -1,12 +1,14 @@
 """What one operator's forward leaves for its backward: handles in place of saved tensors.
 
-Ordinary autograd runs. `saved_tensors_hooks` hands every tensor that the forward saves to
+Ordinary autograd runs; where an operator saves, mostly with nothing of ours in between, see `saved`. Else
+`saved_tensors_hooks` hands every tensor that the forward saves to
 the record, which returns a `Handle`; the backward gives the handle to `Record.unpack`, and where its
 tensor is gone the record runs the operator once more and fills all of its handles.
 
 Who keeps what alive is what makes memory fall during the backward as it does in plain autograd:
-autograd owns handles and, through `unpack`, their record; a record knows its handles only weakly. A record
-owns the one after it until it has got its outputs, since those may have to be rebuilt from the exit.
+autograd owns handles and, through `unpack` or a hook where the backward begins, their record; a record knows its
+handles only weakly, and so the nodes of its forward, which what comes after the chain owns. A record owns the one
+after it until it has got its outputs, since those may have to be rebuilt from the exit.
 
 Packing and unpacking happen some twenty times an operator, so they are written for speed.
 """
@@ -32,9 +34,12 @@ from revdist.reversible.handles import Handle, Owned
 from revdist.reversible.offload import Offload
 from revdist.reversible.operator import Operator, Streams
 from revdist.reversible.replay import Complete, Replay, inside_operator
+from revdist.reversible.saved import Layout, Trace, sequence_number
 
 Part = Literal["internals", "boundary", "notes"]
 """What a record keeps: saved tensors, the operator's input, notes of the forward."""
+
+_KEEPING = (Mode.SAVE, Mode.OFFLOAD)
 
 DEMOTION = threading.RLock()
 """Held while a record is demoted or says that it cannot be: a shortage may be met in another thread."""
@@ -44,9 +49,9 @@ class Record:
     """One forward of one operator, and how its backward gets what it needs."""
 
     __slots__ = (
-        "__weakref__", "_after", "_before", "_conditions", "_first_size", "_handles", "_inputs", "_may_invert",
-        "_offload", "_owned_ids", "_packed", "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete",
-        "linked", "mode", "operator",
+        "__weakref__", "_after", "_before", "_conditions", "_first_size", "_handles", "_inputs", "_layout",
+        "_may_invert", "_offload", "_owned_ids", "_packed", "_rebuilt", "_shortage", "_split_dim", "_trace", "begun",
+        "boundary", "complete", "linked", "mode", "operator",
     )  # fmt: skip
 
     def __init__(
@@ -73,10 +78,14 @@ class Record:
         """Whether the forward has ended and what comes after it is known."""
         self._inputs = tuple([(stream.requires_grad, stream.dtype) for stream in inputs])
         self._conditions = Conditions(operator, ambience)
-        self._owned_ids = self._conditions.owned_ids()
+        self._owned_ids: set[int] = set()
+        """Of parameters and buffers; filled where a tensor is packed."""
         self._handles: list[weakref.ref[Handle]] = []
         self._packed: list[Tensor | None] = []
         """In the order saved, while tensors are kept: parameters and buffers, None for the next handle."""
+        self._trace: weakref.ref[Trace] | None = None
+        """The nodes that hold what the forward saved, where no hooks do."""
+        self._layout: Layout | None = None
         self._rebuilt: Streams | None = None
         self._offload: Offload | None = None
         self._before = weakref.ref(before) if before is not None else None
@@ -112,9 +121,37 @@ class Record:
         self._handles.append(weakref.ref(handle))
         return handle
 
-    def run(self, inputs: Streams) -> Streams:
-        """The operator's forward, with what it saves handed to this record."""
-        pack = self._keep if self.mode in (Mode.SAVE, Mode.OFFLOAD) else self._note
+    def run(self, inputs: Streams, traces: list[Trace] | None) -> Streams:
+        """The operator's forward, with what it saves handed to this record or, with SAVE, left to autograd.
+
+        traces: gets the nodes of a forward whose tensors are left to autograd, to be owned until the chain's graph
+        goes. None: they cannot be left.
+        """
+        if self.mode is not Mode.SAVE or traces is None:
+            return self._run_hooked(inputs, self._keep if self.mode in _KEEPING else self._note)
+        first_number, key = sequence_number(), self._conditions.key(self._inputs)
+        known = self.operator.layouts
+        self._layout = known.get(key)
+        if self._layout is not None:
+            with inside_operator(), self._conditions.first_run():
+                outputs = self.operator.forward(inputs)
+            trace = Trace(outputs, first_number)
+            if trace.roots:
+                for root in trace.roots:
+                    root.register_prehook(self._begin)
+                self._trace = weakref.ref(trace)
+                traces.append(trace)
+        elif key in known:  # it cannot be learnt
+            outputs = self._run_hooked(inputs, self._keep)
+        else:
+            packed: list[Handle | Owned] = []
+            outputs = self._run_hooked(inputs, lambda tensor: _listed(packed, self._keep(tensor)))
+            known[key] = Trace(outputs, first_number).layout(packed)
+            packed.clear()
+        return outputs
+
+    def _run_hooked(self, inputs: Streams, pack: Callable[[Tensor], Handle | Owned]) -> Streams:
+        self._owned_ids = self._conditions.owned_ids()
         with inside_operator(), self._conditions.first_run(), saved_tensors_hooks(pack, self.unpack):
             return self.operator.forward(inputs)
 
@@ -138,15 +175,20 @@ class Record:
             )
         return tensor
 
-    def end_forward(self, outputs: Streams, ambience: Ambience) -> None:
-        """Note what the forward left. Raises BoundaryModified where it edited its input in place."""
+    def end_forward(self, outputs: Streams, ambience: Ambience) -> Ambience:
+        """Note what the forward left; returns what it left of its ambience.
+
+        Raises BoundaryModified where it edited its input in place.
+        """
         assert self.boundary is not None
         self.boundary.read()
         self._first_size = outputs[0].shape[self._split_dim] if len(outputs) == 2 else 0
+        ambience = ambience.after(self._conditions)
         self._conditions.close(ambience)
         if self.mode is Mode.OFFLOAD:
             self._to_host(self.boundary)
             self._conditions.forget()  # it comes back and is never run again
+        return ambience
 
     def close(self, after: Record | Exit) -> None:
         """Say where the outputs are found: the next operator starts, or the chain ends."""
@@ -155,8 +197,12 @@ class Record:
         if self.mode is Mode.INVERT:
             self.boundary = None
 
+    def _begin(self, _: object) -> None:
+        if self.linked:
+            self.begin()
+
     def begin(self) -> None:
-        """The backward asks for its first tensor: from now on this record cannot be demoted."""
+        """The backward comes to this operator: from now on this record cannot be demoted."""
         with DEMOTION:
             self.begun = True
         before = self._previous()
@@ -165,11 +211,29 @@ class Record:
         if not _graph_is_kept():  # else another backward may come
             self.linked = False
             if self.mode is not Mode.INVERT:
-                self._after = None
+                after, self._after = self._after, None
+                if isinstance(after, Record):
+                    after.finish()
+
+    def finish(self) -> None:
+        """The backward is past this operator. Where its nodes own this record, it goes with the whole graph only."""
+        if self._handles and any(True for _ in self.handles()):
+            return
+        after, self._after = self._after, None
+        if isinstance(after, Record):
+            after.finish()
+        if self._trace is not None:
+            self.boundary = self._rebuilt = None
+            self._conditions.forget()
+            if (trace := self._trace()) is not None:
+                trace.forget()
 
     def tensors(self) -> Iterator[Tensor]:
         """What the record keeps in memory."""
         yield from (handle.tensor for handle in self.handles() if handle.tensor is not None)
+        if (left := self._left_to_autograd()) is not None and self._layout is not None:
+            owned, saved = self._conditions.owned_ids(), left.tensors(self._layout)
+            yield from (tensor for tensor in saved if id(tensor) not in owned and id(tensor._base) not in owned)
         yield from self._conditions.statistics.tensors()
         if self.boundary is not None:
             yield from self.boundary.tensors
@@ -308,6 +372,8 @@ class Record:
         after = self._after
         if isinstance(after, Record):
             after._rebuilt = None
+            if not _graph_is_kept():
+                after.finish()
             if after._handles and not _graph_is_kept():  # one without handles is kept by nothing but this
                 self._after = weakref.ref(after)
 
@@ -323,7 +389,11 @@ class Record:
     def can_be_demoted(self) -> bool:
         """Whether this record keeps tensors that could be rebuilt later in this backward."""
         can_run_again = Mode.INVERT in self.operator.modes or Mode.RECOMPUTE in self.operator.modes
-        return self.mode is Mode.SAVE and self.complete and not self.begun and can_run_again
+        if not (self.mode is Mode.SAVE and self.complete and not self.begun and can_run_again):
+            return False
+        if self._trace is None:
+            return True
+        return self._layout is not None and (trace := self._trace()) is not None and trace.fits(self._layout)
 
     def demote(self) -> None:
         """Drop what the record keeps, to be rebuilt by inverting or by running again from its inputs."""
@@ -336,6 +406,12 @@ class Record:
 
     def _drop_internals(self) -> None:
         """Let saved tensors go, but what a replay is given: what batch norms took is looked for only now."""
+        if (left := self._left_to_autograd()) is not None:
+            assert self._layout is not None
+            self._owned_ids = self._conditions.owned_ids()
+            left.hand_over(self._layout, self._note, self.unpack)
+            self._layout = None
+            return
         saved = (reference() for reference in self._handles)
         for tensor in self._packed:
             if tensor is not None:
@@ -348,8 +424,17 @@ class Record:
         for handle in self.handles():
             handle.drop()
 
+    def _left_to_autograd(self) -> Trace | None:
+        """The nodes that hold what the forward saved, with nothing of this record in between."""
+        return self._trace() if self._trace is not None and self._layout is not None else None
+
     def _outputs_will_be_there(self) -> bool:
         after = self._after
         if isinstance(after, Record):
             return after.boundary is not None or after._rebuilt is not None or not after.begun
         return isinstance(after, Exit)
+
+
+def _listed(packed: list[Handle | Owned], one: Handle | Owned) -> Handle | Owned:
+    packed.append(one)
+    return one

@@ -12,3 +12,17 @@ from revdist.planning.costs import Mode
 def modes(request: pytest.FixtureRequest) -> tuple[Mode, ...]:
     """The modes that `uniform` prefers: keep everything, or as little as possible."""
     return (Mode.SAVE,) if request.param == "SAVE" else INVERT
+
+
+@pytest.fixture
+def activated(ledger_device):
+    """Makes and activates a CPU device of a given capacity."""
+
+    def make(capacity_bytes, name="cpu-0"):
+        device = ledger_device(capacity_bytes, name=name)
+        device.activate()
+        if not device.enforced:
+            pytest.skip("no C++ compiler: the CPU device enforces nothing")
+        return device
+
+    return make

@@ -22,20 +22,6 @@ def wide_chain():
     return ReversibleChain([AdditiveCoupling(conv_branch(8), conv_branch(8)) for _ in range(6)])
 
 
-@pytest.fixture
-def activated(ledger_device):
-    """Makes and activates a CPU device of a given capacity."""
-
-    def make(capacity_bytes, name="cpu-0"):
-        device = ledger_device(capacity_bytes, name=name)
-        device.activate()
-        if not device.enforced:
-            pytest.skip("no C++ compiler: the CPU device enforces nothing")
-        return device
-
-    return make
-
-
 def expected_gradients(chain, x):
     chain = copy.deepcopy(chain)
     torch.manual_seed(4)
