@@ -16,14 +16,17 @@ Packing and unpacking happen some twenty times an operator, so they are written 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
+from torch._C._dynamo.eval_frame import _FrameAction, set_code_exec_strategy
+from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 from torch.autograd.graph import saved_tensors_hooks
 
 from revdist.errors import BoundaryModified, ReplayDiverged
@@ -145,7 +148,7 @@ class Record:
             outputs = self._run_hooked(inputs, self._keep)
         else:
             packed: list[Handle | Owned] = []
-            outputs = self._run_hooked(inputs, lambda tensor: _listed(packed, self._keep(tensor)))
+            outputs = self._run_hooked(inputs, functools.partial(_keep_listed, self, packed))
             known[key] = Trace(outputs, first_number).layout(packed)
             packed.clear()
         return outputs
@@ -435,6 +438,17 @@ class Record:
         return isinstance(after, Exit)
 
 
-def _listed(packed: list[Handle | Owned], one: Handle | Owned) -> Handle | Owned:
-    packed.append(one)
-    return one
+def _keep_listed(record: Record, packed: list[Handle | Owned], tensor: Tensor) -> Handle | Owned:
+    kept = record._keep(tensor)
+    packed.append(kept)
+    return kept
+
+
+def _never_compile(*functions: Callable[..., Any]) -> None:
+    """Keep the compiler off: it looks at every frame that runs within a compiled branch, and so at its hooks."""
+    skip = FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    for function in functions:
+        set_code_exec_strategy(function.__code__, skip)
+
+
+_never_compile(Record._keep, Record._note, _keep_listed)
