@@ -37,7 +37,7 @@ from revdist.reversible import ReversibleChain
 
 PROBES = (*probes_gradients.PROBES, *probes_state.PROBES, *probes_distributed.PROBES)
 PROBE_TIMEOUT_S = 60.0
-ROUNDS = {4: 25, 12: 15, 50: 9}
+ROUNDS = {4: 25, 12: 31, 50: 9}
 """Steps of each way per depth; a deeper network steps longer."""
 
 DEPTH_OF_EXTRAS = 12
