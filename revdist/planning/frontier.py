@@ -177,7 +177,8 @@ def _check_arrays(budgets: npt.NDArray[np.int64], extra_s: npt.NDArray[np.float6
 def _check_choices(modes: tuple[tuple[Mode, ...], ...], choices: npt.NDArray[np.uint8]) -> None:
     if not modes:
         raise InvalidCosts("a Frontier needs at least one operator: the chain is empty")
-    for operator, options in enumerate(modes):
-        byte, place = divmod(operator, CHOICES_PER_BYTE)
-        if (((choices[:, byte] >> (OPTION_BITS * place)) & OPTION_MASK) >= len(options)).any():
-            raise InvalidCosts(f"choices of operator {operator} name an option it does not have")
+    shifts = OPTION_BITS * np.arange(CHOICES_PER_BYTE, dtype=np.uint8)
+    picked = ((choices[:, :, None] >> shifts) & OPTION_MASK).reshape(len(choices), -1)[:, : len(modes)]
+    beyond = (picked.max(axis=0, initial=0) >= [len(options) for options in modes]).nonzero()[0]
+    if len(beyond):
+        raise InvalidCosts(f"choices of operator {beyond[0]} name an option it does not have")

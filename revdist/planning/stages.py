@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import sys
 from collections.abc import Collection
 
@@ -22,6 +23,9 @@ from revdist.planning.kernels import Ints
 
 TICK_BITS = 50
 MAX_OPTIONS = len(Mode)
+_KEEPS, _HOLDS, _INVERTS = (int(state) for state in Before)  # an enum's member takes numpy ten times as long
+_BYTES = ("held_bytes", "shared_bytes", "working_bytes", "handed_bytes", "spared_bytes")
+_BYTES_OF = operator.attrgetter(*_BYTES)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,27 +62,25 @@ def arrange(profile: Profile, modes: Collection[Mode] | None = None) -> Stages:
     Raises InvalidCosts for a mode listed twice or unknown and for an operator left without one.
     """
     operators = profile.options if modes is None else _restrict(profile, modes)
-    slowest_s = sum(max(option.extra_s for option in options) for options in operators)
+    flat = [option for options in operators for option in options]
+    num_options = np.fromiter(map(len, operators), np.int64, len(operators))
+    is_option = np.arange(MAX_OPTIONS) < num_options[:, None]
+    numbers = np.zeros((len(_BYTES) + 1, len(operators), MAX_OPTIONS), np.int64)
+    numbers[:-1, is_option] = np.array(list(map(_BYTES_OF, flat)), np.int64).T
+    invert = Mode.INVERT
+    numbers[-1, is_option] = [
+        _HOLDS if option.holds_output else _INVERTS if option.mode is invert else _KEEPS for option in flat
+    ]
+    held, shared, working, handed, spared, leads_to = numbers
+    extra_s = np.zeros((len(operators), MAX_OPTIONS))
+    extra_s[is_option] = [option.extra_s for option in flat]
+    slowest_s = float(extra_s.max(axis=1).sum())
     shift = TICK_BITS - math.frexp(slowest_s)[1]
-    numbers: list[int] = []
-    seconds: list[float] = []
-    for options in operators:
-        for o in options:
-            numbers += (o.held_bytes, o.shared_bytes, o.working_bytes, o.handed_bytes, o.spared_bytes, o.does)
-            seconds.append(o.extra_s)
-        padding = MAX_OPTIONS - len(options)
-        numbers += (0, 0, 0, 0, 0, 0) * padding
-        seconds += (0.0,) * padding
-    held, shared, working, handed, spared, leads_to = (
-        np.array(numbers, np.int64).reshape(-1, MAX_OPTIONS, 6).transpose(2, 0, 1)
-    )
-    extra_s = np.array(seconds).reshape(-1, MAX_OPTIONS)
-    num_options = np.array([len(options) for options in operators])
-    found = _found(leads_to, num_options)
+    found = _found(leads_to, is_option)
     held = np.stack([held, held - shared, held])[found]
     working = np.stack([working - handed, working - handed - spared, working])[found]
     return Stages(
-        modes=tuple(tuple(option.mode for option in options) for options in operators),
+        modes=tuple([tuple([option.mode for option in options]) for options in operators]),
         held=held,
         working=working,
         ticks=np.rint(np.ldexp(extra_s, shift)).astype(np.int64),
@@ -90,13 +92,12 @@ def arrange(profile: Profile, modes: Collection[Mode] | None = None) -> Stages:
     )
 
 
-def _found(leads_to: Ints, num_options: Ints) -> tuple[Ints, Ints]:
+def _found(leads_to: Ints, is_option: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
     """Index that takes (3, n, 4) bytes by state to those of the states that occur.
 
     A state in which no option of the operator before leaves off is given another that occurs.
     """
     num_operators = len(leads_to)
-    is_option = np.arange(MAX_OPTIONS) < num_options[:, None]
     occurs = np.zeros((len(Before), num_operators), np.bool_)
     occurs[Before.KEEPS, 0] = True
     for state in Before:
