@@ -9,6 +9,7 @@ therefore the optimum to within n * 2**-51 of that sum, about what a float sum w
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 import sys
@@ -66,7 +67,8 @@ def arrange(profile: Profile, modes: Collection[Mode] | None = None) -> Stages:
     num_options = np.fromiter(map(len, operators), np.int64, len(operators))
     is_option = np.arange(MAX_OPTIONS) < num_options[:, None]
     numbers = np.zeros((len(_BYTES) + 1, len(operators), MAX_OPTIONS), np.int64)
-    numbers[:-1, is_option] = np.array(list(map(_BYTES_OF, flat)), np.int64).T
+    each = itertools.chain.from_iterable(map(_BYTES_OF, flat))
+    numbers[:-1, is_option] = np.fromiter(each, np.int64, len(_BYTES) * len(flat)).reshape(-1, len(_BYTES)).T
     invert = Mode.INVERT
     numbers[-1, is_option] = [
         _HOLDS if option.holds_output else _INVERTS if option.mode is invert else _KEEPS for option in flat
@@ -100,17 +102,18 @@ def _found(leads_to: Ints, is_option: npt.NDArray[np.bool_]) -> tuple[Ints, Ints
     num_operators = len(leads_to)
     occurs = np.zeros((len(Before), num_operators), np.bool_)
     occurs[Before.KEEPS, 0] = True
-    for state in Before:
-        occurs[state, 1:] = ((leads_to == state) & is_option).any(axis=1)[:-1]
-    states = np.where(occurs, np.arange(len(Before))[:, None], occurs.argmax(axis=0))
+    numbers = np.arange(len(Before))[:, None]
+    occurs[:, 1:] = ((leads_to == numbers[:, :, None]) & is_option).any(axis=2)[:, :-1]
+    states = np.where(occurs, numbers, occurs.argmax(axis=0))
     return states, np.arange(num_operators)
 
 
 def _same_as(held: Ints, working: Ints) -> Ints:
     same = np.tile(np.arange(len(Before)), (held.shape[1], 1))
-    for state, other in ((2, 1), (2, 0), (1, 0)):
-        equal = (held[state] == held[other]).all(axis=1) & (working[state] == working[other]).all(axis=1)
-        same[equal, state] = other
+    states, others = [2, 2, 1], [1, 0, 0]
+    equal = ((held[states] == held[others]) & (working[states] == working[others])).all(axis=2)
+    for state, other, where in zip(states, others, equal, strict=True):
+        same[where, state] = other
     return same
 
 

@@ -39,7 +39,7 @@ MOST_POINTS = 2**20
 """Length past which solving is refused."""
 ANSWER_SHARE = 0.1
 """Part of the guarantee that is left for thinning the answer itself."""
-SEGMENT_OPERATORS = 64
+SEGMENT_OPERATORS = 128
 """Shortest segment; shorter ones cost more calls than they save memory."""
 HISTORY_POINTS = 2**24
 """Links kept, of 4 bytes each; the others are recomputed."""
