@@ -80,17 +80,18 @@ def _solve(options: argparse.Namespace, console: Console) -> None:
 def _execute(options: argparse.Namespace, console: Console) -> None:
     """What their plans cost when they are carried out."""
     with console.status("") as status:
-        executions = execute(options.rounds, status.update, compiled=options.compile)
+        executions = execute(options.networks, options.rounds, status.update, compiled=options.compile)
     for table in executed_result.tables(executions):
         console.print(table.for_terminal())
-    about = provenance(DISTRIBUTIONS) | executed_about(options.rounds)
-    paths = executed_result.write(executions, about, options.out, f"planner-executed-{about['date'][:10]}")
+    about = provenance(DISTRIBUTIONS) | executed_about(options.networks, options.rounds)
+    name = "planner-executed-compiled" if options.compile else "planner-executed"
+    paths = executed_result.write(executions, about, options.out, f"{name}-{about['date'][:10]}")
     console.print("written: " + ", ".join(str(path) for path in paths))
 
 
-def executed_about(rounds: int) -> dict[str, str]:
+def executed_about(networks: Sequence[str], rounds: int) -> dict[str, str]:
     """How plans were carried out."""
-    batches = ", ".join(f"{batch} images for {name}" for name, (_, batch) in NETWORKS.items())
+    batches = ", ".join(f"{NETWORKS[name][1]} images for {name}" for name in networks)
     return {
         "command": f"{EXECUTED_COMMAND} --rounds {rounds}",
         "method": f"{EXECUTED_METHOD} Rounds: {rounds}; batches: {batches}.",
@@ -106,6 +107,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile's memory budgets beside the plans carried out: minutes"
+    )
+    parser.add_argument(
+        "--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS, help="on which plans are carried out"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)")
     return parser.parse_args(arguments)

@@ -103,14 +103,16 @@ class _Variant:
     peak_bytes: int = 0
 
 
-def execute(rounds: int, say: Callable[[str], None], *, compiled: bool = False) -> list[Execution]:
-    """Every planner's plans on every network. compiled: torch.compile's beside them, some 100 s each."""
+def execute(
+    networks: Sequence[str], rounds: int, say: Callable[[str], None], *, compiled: bool = False
+) -> list[Execution]:
+    """Every planner's plans on networks. compiled: torch.compile's beside them, some 100 s each."""
     found: list[Execution] = []
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         device = open_device(name="executed", capacity_bytes=CAPACITY_BYTES, directory=folder)
         device.activate()
-        for name in NETWORKS:
+        for name in networks:
             found += _Subject(name, device.meter(), say).run(rounds, compiled=compiled)
         device.deactivate()
     return found
