@@ -396,7 +396,12 @@ class Record:
             return False
         if self._trace is None:
             return True
-        return self._layout is not None and (trace := self._trace()) is not None and trace.fits(self._layout)
+        if self._layout is None or (trace := self._trace()) is None:
+            return False
+        fits = trace.fits(self._layout)
+        if not fits:
+            self.operator.layouts.clear()  # a branch was replaced: the next forward is learnt from
+        return fits
 
     def demote(self) -> None:
         """Drop what the record keeps, to be rebuilt by inverting or by running again from its inputs."""

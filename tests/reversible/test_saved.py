@@ -181,17 +181,19 @@ def test_a_chain_that_learnt_under_other_conditions_has_right_gradients_when_dem
             assert_close(gradients_of(chain, inputs, demoted=demoted), gradients_of(plain, inputs))
 
 
-def test_a_branch_that_was_replaced_is_not_taken_for_the_one_before():
-    """The number of parameters is the same, so only its nodes tell."""
+def test_a_branch_that_was_replaced_is_not_taken_for_the_one_before(packs):
+    """Modules and parameters are as many, so only its nodes tell."""
     chain = saving(linear_chain(2))
     x = torch.randn(4, 6, dtype=torch.float64)
     learnt(chain, x)
     width = chain.get_submodule("1.f.0").in_features
     coupling = chain.get_submodule("1")
-    coupling.f = nn.Sequential(nn.Linear(width, width), nn.Sigmoid(), nn.Tanh()).double()
+    coupling.f = nn.Sequential(nn.Linear(width, 5), nn.Softplus(), nn.Linear(5, width)).double()
     expected = gradients_of(copy.deepcopy(chain), x)
-    for _ in range(2):
+    for known in (False, True, True):
+        packs.clear()
         assert_close(gradients_of(chain, x, demoted=True), expected)
+        assert ("1.f" in packs) is known  # refused once, and learnt from the next forward on
 
 
 def test_a_saved_tensor_that_was_edited_is_not_demoted_and_refused_by_autograd():
