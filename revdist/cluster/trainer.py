@@ -191,12 +191,10 @@ class Trainer:
 
     def _start_after_loss(self, claim: RunClaim, observer: Observer, restarter: Restarter) -> Crew:
         """Replicas where those of a killed driver are gone too: perhaps with hosts, which Ray misses a minute later."""
-        from ray.util import get_current_placement_group
-
         from revdist.cluster.fleet import Fleet
         from revdist.cluster.takeover import next_member
 
-        run_id, group = claim.record.run_id, self.placement_group or get_current_placement_group()
+        run_id, group = claim.record.run_id, self._present_placement_group()
         fleet = Fleet((), threads=self.config.threads_per_worker, run_id=run_id, placement_group=group)
         fleet.take_over({}, next_member=next_member(run_id))
         try:
@@ -222,12 +220,10 @@ class Trainer:
 
     def _place(self, run_id: str | None = None) -> tuple[Sequence[Place], Fleet]:
         """Where replicas go, and their actors. run_id: given, they outlive this process."""
-        from ray.util import get_current_placement_group
-
         from revdist.cluster.fleet import Fleet, hosts
         from revdist.cluster.placement import place
 
-        group = self.placement_group or get_current_placement_group()
+        group = self._present_placement_group()
         patient_until_s = time.monotonic() + _RESOURCES_S
         while True:
             try:
@@ -238,6 +234,11 @@ class Trainer:
                 if time.monotonic() > patient_until_s:
                     raise
             time.sleep(0.1)
+
+    def _present_placement_group(self) -> PlacementGroup | None:
+        from ray.util import get_current_placement_group
+
+        return self.placement_group or get_current_placement_group()
 
     def _assignment(
         self, run_dir: Path, world_size: int, rendezvous: Rendezvous | None = None, *, resume: bool | None = None

@@ -53,13 +53,7 @@ class Ambience:
 
     def after(self, conditions: Conditions) -> Ambience:
         """What a forward left that has just ended: this very object where it drew nothing, so that no more is kept."""
-        if not conditions.may_have_drawn():
-            return self
-        return self.now()
-
-    def now(self) -> Ambience:
-        """The present random state: this very object where nobody drew."""
-        if _random_state(self._device) == self._random:
+        if not conditions.may_have_drawn() or _random_state(self._device) == self._random:
             return self
         return Ambience(self._device, self.autocast)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hosts import Network, three_with_ray
 
 sys.path.append(str(Path(__file__).parent.parent / "training"))  # the small models
 
@@ -17,3 +18,10 @@ from revdist.cluster.local import ray_cluster
 def running_ray() -> Iterator[None]:
     with ray_cluster(None, num_workers=4):
         yield
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    """Three hosts with Ray on them, the head first."""
+    with three_with_ray(tmp_path) as made:
+        yield made

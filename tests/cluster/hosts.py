@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -314,3 +314,16 @@ def _namespace_of(pid: int) -> int | None:
         return os.stat(f"/proc/{pid}/ns/pid").st_ino
     except OSError:
         return None
+
+
+@contextlib.contextmanager
+def three_with_ray(
+    folder: Path, *, head_settings: Callable[[Host], Mapping[str, str]] = lambda _: {}
+) -> Iterator[Network]:
+    """Three hosts with Ray on them, the head first. head_settings: environment of the head's Ray."""
+    with Network(folder) as network:
+        head, *others = [network.add() for _ in range(3)]
+        head.start_ray(environment=head_settings(head))
+        for host in others:
+            host.start_ray(head)
+        yield network

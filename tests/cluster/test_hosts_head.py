@@ -45,11 +45,7 @@ def has_ended(process: psutil.Process) -> bool:
 @pytest.fixture
 def network(tmp_path: Path) -> Iterator[Network]:
     """Three hosts with Ray on them, the head first, which keeps its state on its disk."""
-    with Network(tmp_path) as made:
-        head, *others = [made.add() for _ in range(3)]
-        head.start_ray(environment=on_disk(head))
-        for host in others:
-            host.start_ray(head)
+    with hosts.three_with_ray(tmp_path, head_settings=on_disk) as made:
         yield made
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import hosts
@@ -21,17 +20,6 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(hosts.why_not() is not None, reason=str(hosts.why_not())),
 ]
-
-
-@pytest.fixture
-def network(tmp_path: Path) -> Iterator[Network]:
-    """Three hosts with Ray on them, the head first."""
-    with Network(tmp_path) as made:
-        head, *others = [made.add() for _ in range(3)]
-        head.start_ray()
-        for host in others:
-            host.start_ray(head)
-        yield made
 
 
 def detached(network: Network, folder: Path, *, orphan_s: int) -> Run:

@@ -11,7 +11,7 @@ from typing import Any
 import hosts
 import pytest
 import torch
-from hosts import RAY_PORT, Host, Network
+from hosts import RAY_PORT, Host
 from runs import settings
 from witness import notes
 
@@ -70,11 +70,7 @@ def launch(host: Host, folder: Path, *arguments: str, model: dict[str, Any] | No
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Host]]:
     """Three hosts with Ray on them, the head first."""
-    with Network(tmp_path_factory.mktemp("network")) as network:
-        head, *others = [network.add() for _ in range(3)]
-        head.start_ray()
-        for host in others:
-            host.start_ray(head)
+    with hosts.three_with_ray(tmp_path_factory.mktemp("network")) as network:
         yield network.hosts
 
 
