@@ -7,6 +7,7 @@ beside it. Each set knows its own sockets by their ends: ending one leaves the o
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,10 @@ from revdist.training.sockets import TcpSocket, shut_down, tcp_sockets
 
 _LOOK_S = 0.005
 """Pause between looks for ranks that have not come yet."""
+_REACH_S = 2.0
+"""Longest wait for the store's host to answer at all."""
+_STORE_S = 0.5
+"""How long torch's client tries anew where it is refused; an answer it awaits without end."""
 _CONNECT_S = 20.0
 """Longest time that ranks which are all there need to connect to each other."""
 _ORDERED = "another group has been ordered"
@@ -41,17 +46,24 @@ class Connections:
         self.number = number
         self._lock = threading.Lock()
         self._interrupted = False
+        self._is_making = False
         self._store_inodes: frozenset[int] = frozenset()
+        self._others_inodes: frozenset[int] | None = None
+        """Of sockets that were there before, while the way to the store is being opened."""
         self._own_ports: frozenset[int] = frozenset()
         self._ends: frozenset[tuple[str, int]] = frozenset()
         self._made: Future[tuple[Any, Any]] = Future()
 
-    def make(self, open_store: Callable[[], Any]) -> None:
+    def make(self, open_store: Callable[[timedelta], Any]) -> None:
         """Wait for the others and connect to each of them. Whoever waits in `wait` gets what comes of it.
+
+        open_store: returns the store, or raises a DistError where it cannot within the time given.
 
         Raises PeersLost where `interrupt` ended it or a connection broke, RunFailed where ranks did not
         come in time.
         """
+        with self._lock:
+            self._is_making = True
         try:
             made = self._make(open_store)
         except (dist.DistError, RuntimeError) as error:
@@ -74,12 +86,20 @@ class Connections:
         with self._lock:
             self._interrupted = True
         self.shut_down()
+        if self._is_making and not self._made.done():
+            threading.Thread(target=self._end_tries, name="revdist-interrupt", daemon=True).start()
+
+    def _end_tries(self) -> None:
+        """End every try to reach a peer or the store, until the thread that makes them has given up."""
+        while not self._made.done():
+            time.sleep(_LOOK_S)
+            self.shut_down()
 
     def shut_down(self) -> None:
         """End the connections. Collectives over them, here and on the peers, raise an error."""
         shut_down(found for found in tcp_sockets() if self._has(found))
 
-    def _make(self, open_store: Callable[[], Any]) -> tuple[Any, Any]:
+    def _make(self, open_store: Callable[[timedelta], Any]) -> tuple[Any, Any]:
         rendezvous = self.rendezvous
         store = dist.PrefixStore(rendezvous.prefix, self._open(open_store))  # type: ignore[attr-defined]
         devices, own_ports = _open_devices(rendezvous.address)
@@ -92,15 +112,49 @@ class Connections:
         backend = _connect(dist.PrefixStore("gloo", store), rendezvous, devices)  # type: ignore[attr-defined]
         return store, backend
 
-    def _open(self, open_store: Callable[[], Any]) -> Any:
-        """The way to the store, which `interrupt` can end: other groups have their own ways to it."""
+    def _open(self, open_store: Callable[[timedelta], Any]) -> Any:
+        """The way to the store, which `interrupt` can end: other groups have their own ways to it.
+
+        Its host may be gone, which the supervisor finds out in its own time: torch's client would go on trying, so
+        it gets little time for each of several attempts.
+        """
         end = (self.rendezvous.host, self.rendezvous.port)
-        before = {found.inode for found in tcp_sockets()}
-        store = open_store()
-        own = (one for one in tcp_sockets() if (one.remote_address, one.remote_port) == end and one.inode not in before)
+        others = frozenset(found.inode for found in tcp_sockets())
         with self._lock:
-            self._store_inodes = frozenset(found.inode for found in own)
+            self._others_inodes = others
+        try:
+            store = self._try_to_open(open_store)
+            store.set_timeout(timedelta(seconds=self.rendezvous.timeout_s))
+            own = [one for one in tcp_sockets() if (one.remote_address, one.remote_port) == end]
+            with self._lock:
+                self._store_inodes = frozenset(found.inode for found in own if found.inode not in others)
+        finally:
+            self._others_inodes = None
         return store
+
+    def _try_to_open(self, open_store: Callable[[timedelta], Any]) -> Any:
+        until_s = time.monotonic() + self.rendezvous.timeout_s
+        while True:
+            self._reach(until_s)
+            try:
+                return open_store(timedelta(seconds=_STORE_S))
+            except dist.DistError:
+                self._check()
+                if time.monotonic() > until_s:
+                    raise
+
+    def _reach(self, until_s: float) -> None:
+        """Wait until the store's host answers. Raises PeersLost or RunFailed as `make` does."""
+        end = (self.rendezvous.host, self.rendezvous.port)
+        while True:
+            self._check()
+            try:
+                socket.create_connection(end, timeout=_REACH_S).close()
+                return
+            except OSError as error:
+                if time.monotonic() > until_s:
+                    raise RunFailed(f"rank 0 on {end[0]} does not answer at port {end[1]}: {error}") from None
+            time.sleep(_LOOK_S)
 
     def _meet(self, store: Any, word: str) -> list[str]:
         """Leave a word for the others and collect theirs, in rank order."""
@@ -125,6 +179,10 @@ class Connections:
         with self._lock:
             if found.inode in self._store_inodes:
                 return True
+            if self._others_inodes is not None and found.inode not in self._others_inodes and not found.listening:
+                end = (found.remote_address, found.remote_port)
+                if end == (self.rendezvous.host, self.rendezvous.port):
+                    return True
             to_peer = (found.remote_address, found.remote_port) in self._ends
             return not found.listening and (found.local_port in self._own_ports or to_peer)
 

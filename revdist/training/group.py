@@ -8,6 +8,7 @@ is the first of; a prefix names each forming, so that a later one never reads ke
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -58,7 +59,7 @@ class Group:
             if number <= self._begun:  # the group at work broke, and `join` needed the next one at once
                 return
             self._coming = connections = self._expect(rendezvous, number)
-        connections.make(lambda: self._store(rendezvous))
+        connections.make(functools.partial(self._store, rendezvous))
 
     def join(self, rendezvous: Rendezvous, *, number: int = 0) -> None:
         """Form the default process group: gloo for CPU tensors, and NCCL for CUDA tensors on a `cuda` device.
@@ -76,7 +77,7 @@ class Group:
         if not prepared:
             if coming is not None:
                 coming.interrupt()
-            current.make(lambda: self._store(rendezvous))
+            current.make(functools.partial(self._store, rendezvous))
         self._adopt(current)
 
     def join_alone(self) -> None:
@@ -132,11 +133,11 @@ class Group:
             timeout=timedelta(seconds=rendezvous.timeout_s),
         )
 
-    def _store(self, rendezvous: Rendezvous) -> Any:
+    def _store(self, rendezvous: Rendezvous, timeout: timedelta) -> Any:
         """A way of its own to the store, which the first rank serves."""
         if rendezvous.rank == 0 and self._listener is not None and self._served is None:
-            self._served = _store(rendezvous, self._listener)
-        return _store(rendezvous, None)
+            self._served = _store(rendezvous, timeout, self._listener)
+        return _store(rendezvous, timeout, None)
 
     def _abort_nccl(self) -> None:
         """End NCCL's collectives, which have no sockets of their own that could be shut down."""
@@ -158,12 +159,12 @@ def _once(connected: Any) -> Callable[..., Any]:
     return create
 
 
-def _store(rendezvous: Rendezvous, listener: socket.socket | None) -> Any:
+def _store(rendezvous: Rendezvous, timeout: timedelta, listener: socket.socket | None) -> Any:
     return dist.TCPStore(  # type: ignore[attr-defined]
         rendezvous.host,
         rendezvous.port,
         is_master=listener is not None,
-        timeout=timedelta(seconds=rendezvous.timeout_s),
+        timeout=timeout,
         wait_for_workers=False,
         master_listen_fd=None if listener is None else os.dup(listener.fileno()),
     )

@@ -118,6 +118,25 @@ def test_an_interrupt_ends_the_wait_for_a_rank_that_does_not_come() -> None:
     assert on_ranks(1, work) == [True]
 
 
+@pytest.mark.parametrize("host_of_the_store", ["dead", "frozen"])
+def test_an_interrupt_ends_the_wait_for_a_store_that_does_not_answer(host_of_the_store: str) -> None:
+    """The first rank is lost too, which the supervisor knew nothing of when it ordered the group."""
+    gone = listen("127.0.0.1")
+    port = gone.getsockname()[1]
+    if host_of_the_store == "dead":
+        gone.close()
+
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        threading.Timer(0.5, group.interrupt, args=(2,)).start()
+        with pytest.raises(PeersLost, match="another group"):
+            group.join(rendezvous(1, 2, port), number=1)
+        group.join(rendezvous(0, 1, ports[0], prefix="second"), number=2)
+        return total(0)
+
+    assert on_ranks(1, work) == [1.0]
+    gone.close()
+
+
 def test_an_interrupt_that_comes_before_the_forming_ends_it_too() -> None:
     def work(rank: int, group: Group, ports: list[int]) -> Any:
         group.interrupt(2)
