@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from revdist.planning.costs import Before, Mode, Option
-from revdist.reversible.held import Held
+from revdist.reversible.held import Held, Occupied
 from revdist.reversible.observation import Observation
 
 Offered = Sequence[tuple[Mode, ...]]
@@ -22,17 +22,18 @@ def derive_options(
     offered: Offered,
     held: Sequence[Held],
     observations: Sequence[Observation],
+    occupied: Mapping[tuple[Mode, ...], Occupied],
     seconds: Mapping[tuple[int, Mode], float],
     outside_bytes: int,
 ) -> tuple[tuple[Option, ...], ...]:
     """The options of each operator.
 
     An operator's working bytes are what its turns peaked at over `outside_bytes` and what the operators
-    up to it hold, the most of all observed schedules. Its extra seconds count from its fastest mode;
-    `seconds` has the time of each operator under each mode.
+    up to it hold, the most of all observed schedules. `occupied` has what they hold, by schedule. Its extra
+    seconds count from its fastest mode; `seconds` has the time of each operator under each mode.
     """
     storage = [_storage(index, modes, held) for index, modes in enumerate(offered)]
-    seen = _seen(storage, observations, outside_bytes)
+    seen = _seen(storage, observations, occupied, outside_bytes)
     return tuple(
         tuple(
             dataclasses.replace(
@@ -45,17 +46,26 @@ def derive_options(
 
 
 def _seen(
-    storage: Sequence[Mapping[Mode, Option]], observations: Sequence[Observation], outside_bytes: int
+    storage: Sequence[Mapping[Mode, Option]],
+    observations: Sequence[Observation],
+    occupied: Mapping[tuple[Mode, ...], Occupied],
+    outside_bytes: int,
 ) -> dict[tuple[int, Mode], Seen]:
+    """Peaks count over what was really held: the planner may count storage twice, and then not everywhere alike."""
     seen: dict[tuple[int, Mode], Seen] = defaultdict(lambda: defaultdict(lambda: defaultdict(int)))
     for observation in observations:
-        occupied = outside_bytes
+        counted = 0
         before = Before.KEEPS
         for index, (mode, behind) in enumerate(zip(observation.modes, (*observation.modes[1:], None), strict=True)):
             option = storage[index][mode]
-            occupied += option.held_bytes - (option.shared_bytes if before is Before.HOLDS else 0)
+            counted += option.held_bytes - (option.shared_bytes if before is Before.HOLDS else 0)
+            held = occupied[observation.modes]
             most = seen[index, mode][before]
-            most[behind] = max(most[behind], observation.peaks_bytes[index] - occupied)
+            most[behind] = max(
+                most[behind],
+                observation.forward_peaks_bytes[index] - outside_bytes - min(counted, held.forward_bytes[index]),
+                observation.backward_peaks_bytes[index] - outside_bytes - min(counted, held.backward_bytes[index]),
+            )
             before = option.does
     return seen
 
@@ -88,11 +98,11 @@ def median_seconds(observations: Sequence[Observation]) -> dict[tuple[int, Mode]
 def _storage(index: int, modes: tuple[Mode, ...], held: Sequence[Held]) -> dict[Mode, Option]:
     """The options of one operator, with what they hold and nothing else yet.
 
-    Only SAVE counts as holding the output: where another mode shares storage with the next operator, the
-    planner counts it twice, which is never low.
+    Those count as holding the output that share with the next operator all that SAVE does. Where a mode shares
+    less, or operators further away do, the planner counts it twice, which is never low.
     """
     here = held[index]
-    next_shares = index + 1 < len(held) and held[index + 1].shared_bytes > 0
+    next_shared = held[index + 1].shared_bytes if index + 1 < len(held) else 0
     options = {
         Mode.SAVE: Option(
             Mode.SAVE,
@@ -100,11 +110,16 @@ def _storage(index: int, modes: tuple[Mode, ...], held: Sequence[Held]) -> dict[
             0,
             0.0,
             shared_bytes=here.shared_bytes,
-            holds_output=next_shares,
+            holds_output=next_shared > 0,
         ),
         Mode.INVERT: Option(Mode.INVERT, here.notes_bytes, 0, 0.0),
         Mode.RECOMPUTE: Option(
-            Mode.RECOMPUTE, here.notes_bytes + here.input_bytes, 0, 0.0, shared_bytes=here.shared_bytes
+            Mode.RECOMPUTE,
+            here.notes_bytes + here.input_bytes,
+            0,
+            0.0,
+            shared_bytes=here.shared_bytes,
+            holds_output=0 < next_shared <= here.passed_bytes,
         ),
         Mode.OFFLOAD: Option(Mode.OFFLOAD, 0, 0, 0.0),
     }

@@ -10,7 +10,8 @@ o = 0 at the first operator of the run. Two forwards measure them all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -31,6 +32,8 @@ class Held:
     """What every mode holds that may run again: notes and batch statistics of the forward, buffers from before it."""
     shared_bytes: int
     """What of the input the operator before holds too when it saves."""
+    passed_bytes: int
+    """What of the input the operator after holds too when it saves."""
 
 
 def measure_held(work: Workload, modes: tuple[Mode, ...], window: range) -> list[Held]:
@@ -47,9 +50,41 @@ def measure_held(work: Workload, modes: tuple[Mode, ...], window: range) -> list
     for operator in window:
         before, after = unshared_before[operator], unshared_after[operator]
         input_bytes = before["boundary"] + shared
-        held.append(Held(before["internals"], input_bytes, before["notes"], shared))
+        passed = max(0, input_bytes - after["boundary"])
+        held.append(Held(before["internals"], input_bytes, before["notes"], shared, passed))
         shared = max(0, before["internals"] + input_bytes - after["internals"] - after["boundary"])
     return held
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Occupied:
+    """What each operator and those before it hold under one schedule, in bytes, each storage counted once."""
+
+    forward_bytes: tuple[int, ...]
+    """Over the chain's input, which its caller holds until the chain's forward has ended."""
+    backward_bytes: tuple[int, ...]
+    """The input included, where nothing outside the chain holds it."""
+
+
+def occupied_by(work: Workload, modes: tuple[Mode, ...]) -> Occupied:
+    """What the operators hold. Raises torch.OutOfMemoryError where the forward does not fit."""
+    work.chain.set_schedule(modes)
+    operators = range(len(modes))
+    inputs: list[object] = []
+    hook = work.chain.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments))
+    try:
+        without = _free_one_by_one(work, reversed(operators))
+    finally:
+        hook.remove()
+    before = work.meter.allocated_bytes()
+    inputs.clear()
+    is_held_outside = work.meter.allocated_bytes() == before
+    freed = without if is_held_outside else _free_one_by_one(work, reversed(operators))
+    return Occupied(_sums(without), _sums(freed))
+
+
+def _sums(freed: Mapping[int, Mapping[Part, int]]) -> tuple[int, ...]:
+    return tuple(itertools.accumulate(sum(freed[index].values()) for index in range(len(freed))))
 
 
 def _free_one_by_one(work: Workload, order: Iterable[int]) -> dict[int, dict[Part, int]]:

@@ -42,9 +42,11 @@ class Observation:
 
     modes: tuple[Mode, ...]
     outside_bytes: int
-    """Allocated when the chain started its forward."""
-    peaks_bytes: tuple[int, ...]
-    """Per operator: most bytes allocated while its forward or its backward ran."""
+    """Allocated when the chain started its forward, its input included."""
+    forward_peaks_bytes: tuple[int, ...]
+    """Per operator: most bytes allocated while its forward ran."""
+    backward_peaks_bytes: tuple[int, ...]
+    """The same of its backward; of the last one also of what runs between the chain's forward and its backward."""
     seconds: tuple[float, ...]
     """Per operator: its forward and its backward. What ran outside the chain counts for the operator before it."""
 
@@ -58,10 +60,12 @@ def observe_step(work: Workload, modes: tuple[Mode, ...]) -> Observation:
     work.chain.set_schedule(modes)
     watch = _Watch(work)
     work.chain.observe(watch)
+    hook = work.chain.register_forward_hook(watch.end_forward)
     demoted = work.chain.demoted_bytes
     try:
         torch.autograd.backward(work.forward())
     finally:
+        hook.remove()
         work.chain.observe(None)
     watch.turn(None)
     if work.chain.demoted_bytes != demoted:
@@ -75,7 +79,9 @@ class _Watch:
     def __init__(self, work: Workload) -> None:
         self._meter = work.meter
         self._clock = _CudaClock(work.device) if work.device.type == "cuda" else _HostClock(work.host_clock)
-        self._peaks = [0] * work.chain.num_operators
+        self._forward_peaks = [0] * work.chain.num_operators
+        self._backward_peaks = [0] * work.chain.num_operators
+        self._peaks = self._forward_peaks
         self._turns: list[int] = []
         self._outside_bytes: int | None = None
         self._operator = 0
@@ -85,6 +91,11 @@ class _Watch:
 
     def __call__(self, event: Event) -> None:
         self.turn(event.operator)
+
+    def end_forward(self, *_: object) -> None:
+        """The chain has run its forward."""
+        self.turn(self._operator)
+        self._peaks = self._backward_peaks
 
     def turn(self, operator: int | None) -> None:
         """The present turn is over; `operator` has the next one, None: the step has ended."""
@@ -99,11 +110,17 @@ class _Watch:
         self._clock.mark()
 
     def observation(self, modes: tuple[Mode, ...]) -> Observation:
-        seconds = [0.0] * len(self._peaks)
+        seconds = [0.0] * len(modes)
         for operator, elapsed_s in zip(self._turns, self._clock.elapsed_s(), strict=True):
             seconds[operator] += elapsed_s
         assert self._outside_bytes is not None
-        return Observation(modes, self._outside_bytes, tuple(self._peaks), tuple(seconds))
+        return Observation(
+            modes,
+            self._outside_bytes,
+            tuple(self._forward_peaks),
+            tuple(self._backward_peaks),
+            tuple(seconds),
+        )
 
 
 class _HostClock:

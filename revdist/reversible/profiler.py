@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from revdist.planning.costs import Mode, Profile
 from revdist.reversible.chain import find_chain
 from revdist.reversible.derivation import Offered, derive_options, median_seconds
-from revdist.reversible.held import Held, measure_held
+from revdist.reversible.held import Held, Occupied, measure_held, occupied_by
 from revdist.reversible.meter import MemoryMeter
 from revdist.reversible.observation import Observation, Workload, observe_step
 from revdist.reversible.operator import Streams
@@ -86,6 +86,7 @@ class _Profiler:
         self._frugal = tuple(next(mode for mode in _FRUGAL if mode in available) for available in offered)
         self._held: dict[int, Held] = {}
         self._observations: list[Observation] = []
+        self._occupied: dict[Modes, Occupied] = {}
         self._num_done = 0
         self._num_expected = 8 + 4 * (repeats + _TURNS)
 
@@ -131,8 +132,8 @@ class _Profiler:
         """
         schedule = self._taking(mode, window)
         try:
-            self._hold(schedule, window)
             self._observe(schedule)
+            self._hold(schedule, window)
         except torch.OutOfMemoryError:
             if schedule == self._frugal:
                 raise
@@ -179,6 +180,8 @@ class _Profiler:
 
     def _observe(self, schedule: Modes) -> None:
         self._observations.append(observe_step(self._work, schedule))
+        if schedule not in self._occupied:  # after a step: the first forward of an operator that saves is another
+            self._occupied[schedule] = occupied_by(self._work, schedule)
         self._count(1)
 
     def _count(self, num_steps: int) -> None:
@@ -208,7 +211,7 @@ class _Profiler:
         seconds = median_seconds(timed)
         held = [self._held[index] for index in range(len(self._offered))]
         return Profile(
-            options=derive_options(self._offered, held, self._observations, seconds, outside_bytes),
+            options=derive_options(self._offered, held, self._observations, self._occupied, seconds, outside_bytes),
             operator_names=chain.operator_names,
             micro_batch=batch[0].shape[0],
             base_s=sum(

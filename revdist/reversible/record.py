@@ -140,8 +140,9 @@ class Record:
                 outputs = self.operator.forward(inputs)
             trace = Trace(outputs, first_number)
             if trace.roots:
+                begin = self._begin if self._layout.places else _weakly(self)  # one that saved nothing is not needed
                 for root in trace.roots:
-                    root.register_prehook(self._begin)
+                    root.register_prehook(begin)
                 self._trace = weakref.ref(trace)
                 traces.append(trace)
         elif key in known:  # it cannot be learnt
@@ -447,6 +448,17 @@ def _keep_listed(record: Record, packed: list[Handle | Owned], tensor: Tensor) -
     kept = record._keep(tensor)
     packed.append(kept)
     return kept
+
+
+def _weakly(record: Record) -> Callable[[object], None]:
+    """Begins the record where something else still owns it: the one before, which asks for its input."""
+    reference = weakref.ref(record)
+
+    def begin(_: object) -> None:
+        if (there := reference()) is not None:
+            there._begin(_)
+
+    return begin
 
 
 def _never_compile(*functions: Callable[..., Any]) -> None:
