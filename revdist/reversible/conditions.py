@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.reversible.buffers import substitutes
@@ -114,7 +115,7 @@ class Conditions:
         notes = self._notes.taking()
         return notes if self._collectives is None else _both(notes, self._collectives)
 
-    def key(self, inputs: tuple[tuple[bool, torch.dtype], ...]) -> Hashable:
+    def key(self, inputs: tuple[tuple[bool, torch.dtype, tuple[int, ...]], ...]) -> Hashable:
         """Forwards with the same key save the same tensors, as far as can be told before they run."""
         return inputs, tuple(self._flags), tuple([p.requires_grad for p in self._parameters]), self._ambience.autocast
 
@@ -124,6 +125,10 @@ class Conditions:
             if type(module) not in _DRAWLESS or module._forward_hooks or module._forward_pre_hooks:
                 return True
         return False
+
+    def is_compiled(self) -> bool:
+        """Whether a part of the operator went through torch.compile."""
+        return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in self._modules)
 
     def close(self, ambience: Ambience) -> None:
         """Note what the forward, which has just ended, changed."""

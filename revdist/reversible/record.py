@@ -79,7 +79,7 @@ class Record:
         """Whether a backward that frees the graph has yet to come."""
         self.complete = False
         """Whether the forward has ended and what comes after it is known."""
-        self._inputs = tuple([(stream.requires_grad, stream.dtype) for stream in inputs])
+        self._inputs = tuple([(stream.requires_grad, stream.dtype, stream.stride()) for stream in inputs])
         self._conditions = Conditions(operator, ambience)
         self._owned_ids: set[int] = set()
         """Of parameters and buffers; filled where a tensor is packed."""
@@ -369,7 +369,7 @@ class Record:
         return converted(streams, len(self._inputs), self._split_dim, first_size=self._first_size)
 
     def _typed(self, inputs: Streams) -> Streams:
-        return tuple(s.detach().to(dtype) for s, (_, dtype) in zip(inputs, self._inputs, strict=True))
+        return tuple(s.detach().to(dtype) for s, (_, dtype, _) in zip(inputs, self._inputs, strict=True))
 
     def _release_after(self) -> None:
         """The outputs are not needed any more: let the record after this go with its graph."""

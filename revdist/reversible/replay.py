@@ -54,7 +54,7 @@ class Replay:
     def __init__(
         self,
         conditions: Conditions,
-        inputs: tuple[tuple[bool, torch.dtype], ...],
+        inputs: tuple[tuple[bool, torch.dtype, tuple[int, ...]], ...],
         num_expected: int,
         *,
         inputs_wanted: bool,
@@ -73,8 +73,11 @@ class Replay:
 
     def leaf(self, stream: Tensor, index: int) -> Tensor:
         """Input number `index` with the type it had, as the start of a graph of its own."""
-        requires_grad, dtype = self._inputs[index]
-        return stream.detach().to(dtype).requires_grad_(requires_grad)
+        requires_grad, dtype, strides = self._inputs[index]
+        leaf = stream.detach().to(dtype)
+        if leaf.stride() != strides and self._conditions.is_compiled():  # such code is made for one layout in memory
+            leaf = torch.empty_strided(leaf.shape, strides, dtype=dtype, device=leaf.device).copy_(leaf)
+        return leaf.requires_grad_(requires_grad)
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
