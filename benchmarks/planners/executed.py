@@ -11,6 +11,7 @@ import random
 import statistics
 import tempfile
 import time
+import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
@@ -36,6 +37,7 @@ from revdist.models.revnet import revnet38, revnet164
 from revdist.planning.costs import Mode, Profile
 from revdist.planning.frontier import solve
 from revdist.reversible.chain import ReversibleChain, find_chain
+from revdist.reversible.couplings import Coupling
 from revdist.reversible.profiler import profile_chain
 
 NUM_BUDGETS = 5
@@ -53,8 +55,16 @@ COMPILED_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
 """Its budgets are fractions, not bytes."""
 
 
+RECOMPILE_LIMIT = 64
+"""Code that torch keeps for one function: every shape and type of branch, and every fraction, has its own."""
+
+
 class RevdistOffload(Revdist):
     name = "revdist, with OFFLOAD"
+
+
+class RevdistCompiled(Revdist):
+    name = "revdist, branches compiled and channels last"
 
 
 ON_DEVICE = (Mode.SAVE, Mode.INVERT, Mode.RECOMPUTE)
@@ -118,22 +128,30 @@ def execute(
     return found
 
 
+_Asked = tuple[type[Planner], int, Hashable]
+"""A planner, a budget, and the key of the variant that carries its plan out."""
+
+
 class _Subject:
     """One network with its profile."""
 
-    def __init__(self, name: str, meter: MemoryMeter, say: Callable[[str], None]) -> None:
+    def __init__(self, name: str, meter: MemoryMeter, say: Callable[[str], None], *, compiled: bool = False) -> None:
+        """compiled: the branches, in the layout that torch.compile chooses for a whole network."""
         build, batch = NETWORKS[name]
         torch.manual_seed(0)
         self.name = name
         self.model = build()
         self.chain = find_chain(self.model)
         self.images = torch.randn(batch, 3, PIXELS, PIXELS)
+        if compiled:
+            self.images = self.images.to(memory_format=torch.channels_last)
+            _compile_branches(self.model.to(memory_format=torch.channels_last))
         self.target = torch.arange(batch) % CLASSES
         self.meter = meter
         self.say = say
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        say(f"{name}: profile")
+        say(f"{name}: profile" + (" of compiled branches" if compiled else ""))
         self.profile = profile_chain(
             self.model, self.images, self._loss, meter=meter, repeats=REPEATS, host_clock=time.process_time
         )
@@ -141,10 +159,10 @@ class _Subject:
         self.variants: dict[Hashable, _Variant] = {}
 
     def run(self, rounds: int, *, compiled: bool) -> Iterator[Execution]:
-        asked = list(self._ask())
-        for share in COMPILED_SHARES if compiled else ():
-            self.say(f"{self.name}: compile for {share}")
-            self.variants[COMPILED, share] = _Variant(self._compiled(share))
+        asked = list(self._ask(PLANNERS, self._budgets()))
+        if compiled:
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                asked += self._compile()
         draw = random.Random(0)
         for number in range(rounds + 1):
             self.say(f"{self.name}: round {number} of {rounds}")
@@ -152,13 +170,26 @@ class _Subject:
                 self._measure(variant, warm_up=number == 0)
         return self._executions(asked, compiled)
 
-    def _ask(self) -> Iterator[tuple[type[Planner], int, Hashable]]:
-        """Every planner for every budget: with the key of the variant that carries its plan out."""
-        everything = _shown(self.profile, ON_DEVICE)
-        frontier = solve(everything)
+    def _budgets(self) -> list[int]:
+        frontier = solve(_shown(self.profile, ON_DEVICE))
         low, high = frontier.minimum_bytes, frontier.maximum_bytes
-        budgets = [low + (high - low) * number // (NUM_BUDGETS + 1) for number in range(1, NUM_BUDGETS + 1)]
-        for kind, modes in PLANNERS:
+        return [low + (high - low) * number // (NUM_BUDGETS + 1) for number in range(1, NUM_BUDGETS + 1)]
+
+    def _compile(self) -> list[_Asked]:
+        """What torch.compile does with the whole network; and revdist with branches that it compiled."""
+        for share in COMPILED_SHARES:
+            self.say(f"{self.name}: compile for {share}")
+            self.variants[COMPILED, share] = _Variant(self._compiled(share))
+        other = _Subject(self.name, self.meter, self.say, compiled=True)
+        asked = list(other._ask(((RevdistCompiled, ON_DEVICE),), self._budgets()))
+        self.variants |= {(RevdistCompiled.name, key): variant for key, variant in other.variants.items()}
+        return [(kind, budget, (RevdistCompiled.name, key)) for kind, budget, key in asked]
+
+    def _ask(
+        self, planners: Sequence[tuple[type[Planner], tuple[Mode, ...]]], budgets: Sequence[int]
+    ) -> Iterator[_Asked]:
+        """Every planner for every budget: with the key of the variant that carries its plan out."""
+        for kind, modes in planners:
             self.say(f"{self.name}: {kind.name}")
             profile = _shown(self.profile, modes)
             planner = kind(
@@ -195,10 +226,10 @@ class _Subject:
         return scheduled
 
     def _compiled(self, share: float) -> Callable[[], None]:
-        runner = torch.compile(PlanRunner(self.chain, save_all(0, self.chain.num_operators)))
-        step = self._stepping(runner)
+        """A step compiled for a fraction, which torch looks at when it makes the code: no other may get that."""
+        runner = PlanRunner(self.chain, save_all(0, self.chain.num_operators))
+        step = self._stepping(torch.compile(_with_own_code(runner, f"share_{COMPILED_SHARES.index(share)}")))
         with torch._functorch.config.patch(activation_memory_budget=share):
-            torch._dynamo.reset()
             step()
         return step
 
@@ -218,7 +249,7 @@ class _Subject:
             variant.seconds.append(step_s)
             variant.peak_bytes = max(variant.peak_bytes, self.meter.peak_bytes() - before)
 
-    def _executions(self, asked: Sequence[tuple[type[Planner], int, Hashable]], compiled: bool) -> Iterator[Execution]:
+    def _executions(self, asked: Sequence[_Asked], compiled: bool) -> Iterator[Execution]:
         ours = {budget: self.variants[key] for kind, budget, key in asked if kind is Revdist}
         for kind, budget, key in asked:
             checkpoints = issubclass(kind, CheckpointPlanner)
@@ -242,6 +273,21 @@ class _Subject:
             ratio=statistics.median(ratios),
             checkpoints=checkpoints,
         )
+
+
+def _compile_branches(model: nn.Module) -> None:
+    for coupling in [module for module in model.modules() if isinstance(module, Coupling)]:
+        for name in coupling.branch_names:
+            setattr(coupling, name, torch.compile(getattr(coupling, name)))
+
+
+def _with_own_code(runner: PlanRunner, name: str) -> Callable[[Tensor], Tensor]:
+    """The runner as a function whose compiled code nothing else is given."""
+
+    def run(images: Tensor) -> Tensor:
+        return runner(images)
+
+    return types.FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, None, run.__closure__)
 
 
 def _shown(profile: Profile, modes: Sequence[Mode]) -> Profile:

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.page import page
-from benchmarks.planners.executed import Execution, Revdist, RevdistOffload
+from benchmarks.planners.executed import COMPILED, Execution, Revdist, RevdistCompiled, RevdistOffload
 from benchmarks.planners.result import Goal, goal_table
 from benchmarks.table import Table
 from revdist.reporting.figure import house_style
@@ -19,7 +19,7 @@ from revdist.reporting.figure import house_style
 MIB = 2**20
 CLOSE = 1.03
 """How far from the best of all peers a step may be."""
-OURS = (Revdist.name, RevdistOffload.name)
+OURS = (Revdist.name, RevdistOffload.name, RevdistCompiled.name)
 MARKERS = "osD^v<>xP*"
 
 
@@ -46,7 +46,8 @@ def goals(executions: Sequence[Execution]) -> Iterator[Goal]:
     total = sum(e.planner in OURS for e in executions)
     yield Goal(name="plans over budget, carried out", wanted="0", measured=f"{len(over)} of {total}", met=not over)
     for network in dict.fromkeys(execution.network for execution in executions):
-        peers = [e for e in executions if e.network == network and e.planner not in OURS and e.fits]
+        mine = [e for e in executions if e.network == network]
+        peers = [e for e in mine if e.planner not in OURS and e.fits and not _is_compiled(e)]
         for what, chosen, wanted, limit in (
             ("checkpointing", [e for e in peers if e.checkpoints], "at most 1", 1.0),
             ("the best of all peers", peers, f"at most {CLOSE}", CLOSE),
@@ -58,6 +59,27 @@ def goals(executions: Sequence[Execution]) -> Iterator[Goal]:
                 measured=f"{worst:.3f}",
                 met=worst <= limit,
             )
+        ratios = list(_compiled_ratios(mine))
+        if ratios:
+            yield Goal(
+                name=f"compiled branches' step time over that of torch.compile's best, worst budget, {network}",
+                wanted=f"at most {CLOSE}",
+                measured=f"{max(ratios):.3f}",
+                met=max(ratios) <= CLOSE,
+            )
+
+
+def _compiled_ratios(executions: Sequence[Execution]) -> Iterator[float]:
+    """Per budget that a fraction of torch.compile's fits in: revdist's step with compiled branches over its best."""
+    for own in executions:
+        if own.planner == RevdistCompiled.name:
+            same = [e for e in executions if _is_compiled(e) and e.budget_bytes == own.budget_bytes and e.fits]
+            if same:
+                yield own.ratio / min(e.ratio for e in same)
+
+
+def _is_compiled(execution: Execution) -> bool:
+    return execution.planner.startswith(COMPILED)
 
 
 def write(executions: Sequence[Execution], about: dict[str, Any], folder: Path, name: str) -> list[Path]:
