@@ -127,7 +127,7 @@ def test_a_run_directory_is_not_overwritten(tmp_path: Path) -> None:
         fit(tmp_path)
 
 
-@pytest.mark.parametrize("location", ["", "local://{}/far/away"])
+@pytest.mark.parametrize("location", ["", pytest.param("local://{}/far/away", marks=pytest.mark.slow)])
 def test_a_run_resumes_from_its_newest_checkpoint(location: str, tmp_path: Path) -> None:
     saved = {"location": location.format(tmp_path)}
     fit(tmp_path, steps=4, epochs=None, checkpoint=saved)

@@ -53,6 +53,7 @@ def assert_all_was_done_again(run_dir: Path, pids: list[int], unharmed: dict[str
         torch.testing.assert_close(final[name], tensor, rtol=0, atol=BOUND, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_all_killed_at_once_start_again_from_the_last_checkpoint(unharmed: Unharmed, tmp_path: Path) -> None:
     harm = Harm(20, kill_all)

@@ -92,6 +92,7 @@ def assert_unharmed(run_dir: Path, state: dict[str, Any]) -> None:
         torch.testing.assert_close(final[name], tensor, rtol=0, atol=BOUND, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_killed_driver_is_started_anew_and_misses_nothing(
     detached: Callable[..., Path], unharmed: Callable[[int], dict[str, Any]]
