@@ -38,6 +38,7 @@ from revdist.planning.costs import Mode, Profile
 from revdist.planning.frontier import solve
 from revdist.reversible.chain import ReversibleChain, find_chain
 from revdist.reversible.couplings import Coupling
+from revdist.reversible.operator import ReversibleOperator
 from revdist.reversible.profiler import profile_chain
 
 NUM_BUDGETS = 5
@@ -55,6 +56,8 @@ COMPILED_SHARES = (1.0, 0.8, 0.6, 0.4, 0.2)
 """Its budgets are fractions, not bytes."""
 
 
+PART_SHARE = 0.8
+"""The fraction for branches and layers that are compiled one by one: what is cheap is computed anew within them."""
 RECOMPILE_LIMIT = 64
 """Code that torch keeps for one function: every shape and type of branch, and every fraction, has its own."""
 
@@ -64,7 +67,7 @@ class RevdistOffload(Revdist):
 
 
 class RevdistCompiled(Revdist):
-    name = "revdist, branches compiled and channels last"
+    name = "revdist, parts compiled, channels last"
 
 
 ON_DEVICE = (Mode.SAVE, Mode.INVERT, Mode.RECOMPUTE)
@@ -136,22 +139,22 @@ class _Subject:
     """One network with its profile."""
 
     def __init__(self, name: str, meter: MemoryMeter, say: Callable[[str], None], *, compiled: bool = False) -> None:
-        """compiled: the branches, in the layout that torch.compile chooses for a whole network."""
+        """compiled: branches and layers, in the layout that torch.compile chooses for a whole network."""
         build, batch = NETWORKS[name]
         torch.manual_seed(0)
         self.name = name
         self.model = build()
-        self.chain = find_chain(self.model)
         self.images = torch.randn(batch, 3, PIXELS, PIXELS)
         if compiled:
             self.images = self.images.to(memory_format=torch.channels_last)
-            _compile_branches(self.model.to(memory_format=torch.channels_last))
+            _compile_parts(self.model.to(memory_format=torch.channels_last))
+        self.chain = find_chain(self.model)
         self.target = torch.arange(batch) % CLASSES
         self.meter = meter
         self.say = say
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        say(f"{name}: profile" + (" of compiled branches" if compiled else ""))
+        say(f"{name}: profile" + (" of compiled parts" if compiled else ""))
         self.profile = profile_chain(
             self.model, self.images, self._loss, meter=meter, repeats=REPEATS, host_clock=time.process_time
         )
@@ -180,7 +183,8 @@ class _Subject:
         for share in COMPILED_SHARES:
             self.say(f"{self.name}: compile for {share}")
             self.variants[COMPILED, share] = _Variant(self._compiled(share))
-        other = _Subject(self.name, self.meter, self.say, compiled=True)
+        with torch._functorch.config.patch(activation_memory_budget=PART_SHARE):
+            other = _Subject(self.name, self.meter, self.say, compiled=True)
         asked = list(other._ask(((RevdistCompiled, ON_DEVICE),), self._budgets()))
         self.variants |= {(RevdistCompiled.name, key): variant for key, variant in other.variants.items()}
         return [(kind, budget, (RevdistCompiled.name, key)) for kind, budget, key in asked]
@@ -275,10 +279,16 @@ class _Subject:
         )
 
 
-def _compile_branches(model: nn.Module) -> None:
-    for coupling in [module for module in model.modules() if isinstance(module, Coupling)]:
-        for name in coupling.branch_names:
-            setattr(coupling, name, torch.compile(getattr(coupling, name)))
+def _compile_parts(model: nn.Module) -> None:
+    """Branches of couplings, and the layers between them, each by itself: the chain still plans them."""
+    for module in list(model.modules()):
+        if isinstance(module, Coupling):
+            for name in module.branch_names:
+                setattr(module, name, torch.compile(getattr(module, name)))
+        elif isinstance(module, ReversibleChain):
+            for name, child in list(module.named_children()):
+                if not isinstance(child, ReversibleOperator):
+                    setattr(module, name, torch.compile(child))
 
 
 def _with_own_code(runner: PlanRunner, name: str) -> Callable[[Tensor], Tensor]:

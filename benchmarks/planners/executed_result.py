@@ -62,7 +62,7 @@ def goals(executions: Sequence[Execution]) -> Iterator[Goal]:
         ratios = list(_compiled_ratios(mine))
         if ratios:
             yield Goal(
-                name=f"compiled branches' step time over that of torch.compile's best, worst budget, {network}",
+                name=f"compiled parts' step time over that of torch.compile's best, worst budget, {network}",
                 wanted=f"at most {CLOSE}",
                 measured=f"{max(ratios):.3f}",
                 met=max(ratios) <= CLOSE,
@@ -70,7 +70,7 @@ def goals(executions: Sequence[Execution]) -> Iterator[Goal]:
 
 
 def _compiled_ratios(executions: Sequence[Execution]) -> Iterator[float]:
-    """Per budget that a fraction of torch.compile's fits in: revdist's step with compiled branches over its best."""
+    """Per budget that a fraction of torch.compile's fits in: revdist's step with compiled parts over its best."""
     for own in executions:
         if own.planner == RevdistCompiled.name:
             same = [e for e in executions if _is_compiled(e) and e.budget_bytes == own.budget_bytes and e.fits]
