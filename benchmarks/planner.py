@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.planners import executed_result
-from benchmarks.planners.executed import NETWORKS, execute
+from benchmarks.planners.executed import NETWORKS, PART_SHARE, execute
 from benchmarks.planners.figure import draw
 from benchmarks.planners.result import Result
 from benchmarks.planners.study import study
@@ -49,6 +49,12 @@ EXECUTED_METHOD = (
     "CPU time, medians; ratios are medians of ratios within a round. Peaks are those of the CPU device's ledger over "
     "parameters and gradients, the batch included. "
     "Knapsack planners choose SAVE or INVERT, or RECOMPUTE where an operator has no inverse."
+)
+COMPILED_METHOD = (
+    "torch.compile gets the whole network, for five of its fractions. Beside it, revdist plans a network whose "
+    f"branches and layers were compiled one by one, with the fraction {PART_SHARE} and channels last, which "
+    "torch.compile chooses for the whole; it is held to the fastest fraction that fits each budget. All other rows are "
+    "in eager mode. "
 )
 ROUNDS = 9
 PARTS = ("solved", "executed")
@@ -83,18 +89,18 @@ def _execute(options: argparse.Namespace, console: Console) -> None:
         executions = execute(options.networks, options.rounds, status.update, compiled=options.compile)
     for table in executed_result.tables(executions):
         console.print(table.for_terminal())
-    about = provenance(DISTRIBUTIONS) | executed_about(options.networks, options.rounds)
+    about = provenance(DISTRIBUTIONS) | executed_about(options.networks, options.rounds, compiled=options.compile)
     name = "planner-executed-compiled" if options.compile else "planner-executed"
     paths = executed_result.write(executions, about, options.out, f"{name}-{about['date'][:10]}")
     console.print("written: " + ", ".join(str(path) for path in paths))
 
 
-def executed_about(networks: Sequence[str], rounds: int) -> dict[str, str]:
+def executed_about(networks: Sequence[str], rounds: int, *, compiled: bool = False) -> dict[str, str]:
     """How plans were carried out."""
     batches = ", ".join(f"{NETWORKS[name][1]} images for {name}" for name in networks)
     return {
-        "command": f"{EXECUTED_COMMAND} --rounds {rounds}",
-        "method": f"{EXECUTED_METHOD} Rounds: {rounds}; batches: {batches}.",
+        "command": f"{EXECUTED_COMMAND} --networks {' '.join(networks)} --rounds {rounds}{' --compile' * compiled}",
+        "method": f"{EXECUTED_METHOD} {COMPILED_METHOD * compiled}Rounds: {rounds}; batches: {batches}.",
     }
 
 

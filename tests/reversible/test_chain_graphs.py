@@ -20,6 +20,7 @@ from reversible_models import (
 )
 from torch import nn
 
+from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, ReversibleChain, find_chain
 
 
@@ -157,6 +158,30 @@ def test_compiled_branches(modes):
     x = torch.randn(4, 6, dtype=torch.float64)
     for _ in range(2):
         assert_close(step(chain, x), step(plain, x))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compiled_code_runs_again_on_the_layout_it_was_made_for(compiled):
+    """Halves at the end of a run are parts of one tensor; in the forward the second branch got one by itself."""
+    layouts = []
+
+    def note(run):
+        def noting(*inputs):
+            layouts.extend(tensor.stride() for tensor in inputs if tensor.dim() == 4)
+            return run(*inputs)
+
+        return noting
+
+    branch = nn.Sequential(nn.ReLU(), nn.Hardtanh())
+    if compiled:
+        branch = torch.compile(branch, backend=lambda graph, _: note(graph.forward))
+    else:
+        branch[0].forward = note(branch[0].forward)
+    chain = ReversibleChain([AdditiveCoupling(nn.Identity(), branch)])
+    chain.set_schedule(uniform(chain, Mode.INVERT))
+    chain(torch.randn(2, 4, 3, 3, requires_grad=True)).square().sum().backward()
+    assert len(layouts) == 2
+    assert len(set(layouts)) == (1 if compiled else 2)
 
 
 def test_a_forward_that_is_never_followed_by_a_backward_leaves_nothing_behind(modes):
