@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.reversible.buffers import substitutes
+from revdist.reversible.compiler import is_compiled
 from revdist.reversible.notes import Notes
 from revdist.reversible.statistics import BatchStatistics
 
@@ -128,7 +128,7 @@ class Conditions:
 
     def is_compiled(self) -> bool:
         """Whether a part of the operator went through torch.compile."""
-        return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in self._modules)
+        return is_compiled(self._modules)
 
     def close(self, ambience: Ambience) -> None:
         """Note what the forward, which has just ended, changed."""

@@ -20,18 +20,17 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_kept
-from torch._C._dynamo.eval_frame import _FrameAction, set_code_exec_strategy
-from torch._C._dynamo.eval_frame import _FrameExecStrategy as FrameExecStrategy
 from torch.autograd.graph import saved_tensors_hooks
 
 from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.planning.costs import Mode
 from revdist.reversible.boundary import Boundary, Exit, converted
+from revdist.reversible.compiler import never_compiled
 from revdist.reversible.conditions import Ambience, Conditions
 from revdist.reversible.handles import Handle, Owned
 from revdist.reversible.offload import Offload
@@ -98,6 +97,7 @@ class Record:
         self._shortage = shortage
         self._may_invert = may_invert and Mode.INVERT in operator.modes
 
+    @never_compiled
     def _keep(self, tensor: Tensor) -> Handle | Owned:
         """Called by autograd with each tensor that the forward saves: kept until the backward asks."""
         if id(tensor) in self._owned_ids:
@@ -113,6 +113,7 @@ class Record:
         self._packed.append(None)
         return handle
 
+    @never_compiled
     def _note(self, tensor: Tensor) -> Handle | Owned:
         """The same where nothing is kept but what batch norms took: the backward has it rebuilt."""
         base = tensor._base
@@ -444,6 +445,7 @@ class Record:
         return isinstance(after, Exit)
 
 
+@never_compiled
 def _keep_listed(record: Record, packed: list[Handle | Owned], tensor: Tensor) -> Handle | Owned:
     kept = record._keep(tensor)
     packed.append(kept)
@@ -459,13 +461,3 @@ def _weakly(record: Record) -> Callable[[object], None]:
             there._begin(_)
 
     return begin
-
-
-def _never_compile(*functions: Callable[..., Any]) -> None:
-    """Keep the compiler off: it looks at every frame that runs within a compiled branch, and so at its hooks."""
-    skip = FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    for function in functions:
-        set_code_exec_strategy(function.__code__, skip)
-
-
-_never_compile(Record._keep, Record._note, _keep_listed)

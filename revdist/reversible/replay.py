@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from revdist.reversible.compiler import never_compiled
 from revdist.reversible.conditions import Conditions
 
 
@@ -93,6 +94,7 @@ class Replay:
         with inside_operator(), self._conditions.another_run(), torch.no_grad():
             yield
 
+    @never_compiled
     def _capture(self, tensor: Tensor) -> None:
         base = tensor._base
         if id(tensor if base is None else base) not in self._owned_ids:

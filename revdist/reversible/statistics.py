@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from revdist.reversible.compiler import never_compiled
+
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _DTYPES = (torch.float32, torch.float64)
 """Types of statistics in which a weight times an inverse deviation is what the kernel makes of the two."""
@@ -108,6 +110,7 @@ def _known(modules: Iterable[nn.Module]) -> Iterator[_BatchNorm]:
                 yield cast(_BatchNorm, module)
 
 
+@never_compiled
 def _normalised(
     norm: _BatchNorm, mean: Tensor, inverse_deviation: Tensor, save: Callable[[Tensor], None], x: Tensor
 ) -> Tensor:

@@ -245,6 +245,24 @@ def test_backward_thrice_and_double_backward(schedule, demoted):
     assert_close(gradients(chain), gradients(plain))
 
 
+def test_what_a_replay_does_itself_is_not_compiled():
+    """`compile` of a Sequential of torch's modules compiles nothing in the forward, so nothing may be in a replay."""
+    graphs = []
+
+    def compile_(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    chain, plain = twins(chain_of(nn.BatchNorm2d))
+    for coupling in chain.children():
+        coupling.f.compile(backend=compile_)
+    x = torch.randn(3, 8, 5, 5)
+    for schedule in itertools.islice(schedules(chain), 3):
+        chain.set_schedule(schedule)
+        assert_close(step(chain, x), step(plain, x), 1e-5)
+    assert not graphs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whole_branch", [True, False])
 def test_compiled_norms_are_not_compiled_again_in_every_step(whole_branch):
