@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from revdist.cluster.placement import Place
+from revdist.cluster.processes import Process, own_process
 from revdist.cluster.run_record import RUN_DIR, RUN_ID
 from revdist.config import CoTenantConfig
 from revdist.devices import list_devices, open_device
@@ -53,6 +54,12 @@ class Location:
     store_port: int
     """Where the group's store would listen, were this rank to host it."""
     reading: Reading
+    started: str = ""
+    """When its process started, as `Process` tells it."""
+
+    @property
+    def process(self) -> Process:
+        return Process(pid=self.pid, started=self.started)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +117,7 @@ class ReplicaActor:
             pid=os.getpid(),
             store_port=self._listener.getsockname()[1],
             reading=self._device.read(),
+            started=own_process().started,
         )
         return self._location
 

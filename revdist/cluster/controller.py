@@ -141,6 +141,7 @@ class Controller:
         """See to it that there is a group that can take the next step."""
         if self._last is not None:  # before the first step ranks may be busy loading
             self._mender.find_silent(self._ended)
+        self._mender.find_dead(self._ended)
         failed = bool(self._mender.failures)
         if failed and (not self.started or self._mender.is_beyond_mending()):
             self._gather()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, final
 
 from revdist.cluster.actor import Location
 from revdist.cluster.crew import Crew
 from revdist.cluster.failures import Failure, describe, is_survivable, what_failed
 from revdist.cluster.fleet import Lost
+from revdist.cluster.processes import Process
 from revdist.cluster.records import device_records, run_event
 from revdist.cluster.recruiting import Recruiter
 from revdist.cluster.shares import ShareKeeper
@@ -43,7 +44,10 @@ class Mender:
         self._groups = crew.groups
         self._keeper = keeper
         self._event = event
-        self._locations = dict(crew.locations)
+        self._locations: dict[int, Location] = {}
+        self._here: dict[int, Process] = {}
+        """Members whose processes this one can see."""
+        self._meet(crew.locations)
         self._recruiter = Recruiter(config, crew.fleet, crew.places, assign=assign, tell=self._tell, restarts=restarts)
         self._new: dict[int, Failure] = {}
         self._lost: set[int] = set()
@@ -120,6 +124,15 @@ class Mender:
         for member in self._fleet.silent(watched, heartbeat_s):
             self.take_failure(member, Lost(member, f"it did not answer for {heartbeat_s:.1f} s"), ended=ended)
 
+    def find_dead(self, ended: Collection[int]) -> None:
+        """Where one is lost, count those as lost too whose processes on this host are gone.
+
+        Ray tells of several deaths one by one, up to a second apart.
+        """
+        for member in self.left if self._new else ():
+            if member in self._here and not self._here[member].alive:
+                self.take_failure(member, Lost(member, "its process is gone, as after SIGKILL"), ended=ended)
+
     def is_beyond_mending(self) -> bool:
         """Whether failures are of a kind that all ranks meet alike, or too few members are left."""
         if not self._new:
@@ -148,7 +161,7 @@ class Mender:
     def grow(self) -> None:
         """Let newcomers that are ready join, once the group has settled."""
         ready = self._recruiter.advance()
-        self._locations.update(ready)
+        self._meet(ready)
         self._joining.extend(ready)
         if self._joining and not self._groups.pending and not self._new:
             joining, self._joining = self._joining, []
@@ -160,6 +173,12 @@ class Mender:
         shares = self._keeper.regroup(members, reason=reason)
         locations = [self._locations[member] for member in members]
         self._fleet.regroup(self._groups.order(members, locations, shares, orderly=orderly))
+
+    def _meet(self, locations: Mapping[int, Location]) -> None:
+        self._locations.update(locations)
+        for member, location in locations.items():
+            if location.process.alive:
+                self._here[member] = location.process
 
     def _readings(self, members: Sequence[int]) -> list[Reading]:
         return [self._locations[member].reading for member in members]
