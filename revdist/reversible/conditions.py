@@ -35,6 +35,9 @@ _DRAWLESS = frozenset({
 })  # fmt: skip
 """Modules of torch that never draw random numbers. Looking whether others did is dear between two kernels."""
 
+Inputs = tuple[tuple[bool, torch.dtype, tuple[int, ...]], ...]
+"""Per input of an operator: whether it requires grad, its type, and its strides."""
+
 AutocastState = tuple[tuple[str, bool, torch.dtype, bool], ...]
 """Per device type: its name, whether autocast is on, to which type, and whether casts are cached."""
 
@@ -115,7 +118,7 @@ class Conditions:
         notes = self._notes.taking()
         return notes if self._collectives is None else _both(notes, self._collectives)
 
-    def key(self, inputs: tuple[tuple[bool, torch.dtype, tuple[int, ...]], ...]) -> Hashable:
+    def key(self, inputs: Inputs) -> Hashable:
         """Forwards with the same key save the same tensors, as far as can be told before they run."""
         return inputs, tuple(self._flags), tuple([p.requires_grad for p in self._parameters]), self._ambience.autocast
 

@@ -31,7 +31,7 @@ from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.planning.costs import Mode
 from revdist.reversible.boundary import Boundary, Exit, converted
 from revdist.reversible.compiler import never_compiled
-from revdist.reversible.conditions import Ambience, Conditions
+from revdist.reversible.conditions import Ambience, Conditions, Inputs
 from revdist.reversible.handles import Handle, Owned
 from revdist.reversible.offload import Offload
 from revdist.reversible.operator import Operator, Streams
@@ -78,7 +78,7 @@ class Record:
         """Whether a backward that frees the graph has yet to come."""
         self.complete = False
         """Whether the forward has ended and what comes after it is known."""
-        self._inputs = tuple([(stream.requires_grad, stream.dtype, stream.stride()) for stream in inputs])
+        self._inputs: Inputs = tuple([(stream.requires_grad, stream.dtype, stream.stride()) for stream in inputs])
         self._conditions = Conditions(operator, ambience)
         self._owned_ids: set[int] = set()
         """Of parameters and buffers; filled where a tensor is packed."""

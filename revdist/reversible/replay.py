@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from revdist.reversible.compiler import never_compiled
-from revdist.reversible.conditions import Conditions
+from revdist.reversible.conditions import Conditions, Inputs
 
 
 class _Nesting(threading.local):
@@ -55,7 +55,7 @@ class Replay:
     def __init__(
         self,
         conditions: Conditions,
-        inputs: tuple[tuple[bool, torch.dtype, tuple[int, ...]], ...],
+        inputs: Inputs,
         num_expected: int,
         *,
         inputs_wanted: bool,

@@ -118,14 +118,13 @@ class Connections:
         Its host may be gone, which the supervisor finds out in its own time: torch's client would go on trying, so
         it gets little time for each of several attempts.
         """
-        end = (self.rendezvous.host, self.rendezvous.port)
         others = frozenset(found.inode for found in tcp_sockets())
         with self._lock:
             self._others_inodes = others
         try:
             store = self._try_to_open(open_store)
             store.set_timeout(timedelta(seconds=self.rendezvous.timeout_s))
-            own = [one for one in tcp_sockets() if (one.remote_address, one.remote_port) == end]
+            own = [one for one in tcp_sockets() if self._leads_to_store(one)]
             with self._lock:
                 self._store_inodes = frozenset(found.inode for found in own if found.inode not in others)
         finally:
@@ -174,15 +173,20 @@ class Connections:
         if self._interrupted:
             raise PeersLost(_ORDERED)
 
+    def _leads_to_store(self, found: TcpSocket) -> bool:
+        return (found.remote_address, found.remote_port) == (self.rendezvous.host, self.rendezvous.port)
+
     def _has(self, found: TcpSocket) -> bool:
         """Whether a socket was connected to this rank's part of the group, or by it to a peer's or to the store."""
         with self._lock:
             if found.inode in self._store_inodes:
                 return True
-            if self._others_inodes is not None and found.inode not in self._others_inodes and not found.listening:
-                end = (found.remote_address, found.remote_port)
-                if end == (self.rendezvous.host, self.rendezvous.port):
-                    return True
+            if (
+                self._others_inodes is not None
+                and found.inode not in self._others_inodes
+                and self._leads_to_store(found)
+            ):
+                return True
             to_peer = (found.remote_address, found.remote_port) in self._ends
             return not found.listening and (found.local_port in self._own_ports or to_peer)
 

@@ -24,9 +24,7 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
     """Three that stand for replicas."""
     started = [subprocess.Popen(["sleep", "60"]) for _ in range(3)]
     yield started
-    for process in started:
-        process.kill()
-        process.wait()
+    kill(*started)
 
 
 def mender(processes: list[subprocess.Popen[bytes]], **changes: Any) -> Mender:
