@@ -1,50 +1,59 @@
 """Train on two unequal devices: plain DDP, proportional shares and revdist, against each device alone.
 
 python benchmarks/heterogeneous.py            writes tables, a figure and the raw numbers
-python benchmarks/heterogeneous.py --quick    one short round
+python benchmarks/heterogeneous.py --quick    a few short rounds
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
+import statistics
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.unequal.cases import CASES, GLOBAL_BATCH, Case
 from benchmarks.unequal.figure import draw
-from benchmarks.unequal.result import Result, Round
-from benchmarks.unequal.ways import Bench
+from benchmarks.unequal.job import Job
+from benchmarks.unequal.result import Finding, Result, Round
+from benchmarks.unequal.ways import Bench, neighbour
 from revdist.planning.split import equal_split
 
+J = TypeVar("J", bound=Job)
 COMMAND = "python benchmarks/heterogeneous.py"
+WARM_STEPS = 60
+"""By which shares and schedules are found."""
 METHOD = (
     "A RevNet for digits on two CPU devices, each replica on a core of its own with one thread, 64 samples a step. "
-    "Per round every way trains once in every case, one after the other; throughput is by the median step after a "
-    "third of the run, with changing memory by all steps after it; ratios are taken within a round and tables show "
-    "medians over rounds. Plain DDP is written by hand: autograd as usual, equal shares, one "
+    f"All ways of a case are started and take {WARM_STEPS} steps; from then on they have the machine in turns, the "
+    "others stopped with all their processes, so that what is compared ran within seconds. A turn's throughput is that "
+    "of the steps that began and ended in it; ratios are taken within a round, tables show medians over rounds, and "
+    "means where memory changes. Plain DDP is written by hand: autograd as usual, equal shares, one "
     "micro-batch size that fits both devices at their worst. Proportional: the same with shares by what each device "
-    "does alone, and for each rank the largest micro-batch that fits. Alone: revdist on one device, the other idle. "
-    "Apart: two hand-written trainings at once that exchange nothing, over the sum of each with the machine to itself: "
-    "what the cores lose by sharing caches and execution units, whoever trains on them."
+    "does alone, and for each rank the largest micro-batch that fits. Alone: revdist on one device with half the "
+    "batch, the other idle. Apart: two hand-written trainings at once that exchange nothing, over the sum of each with "
+    "the machine to itself: what the cores lose by sharing caches and memory, whoever trains on them."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, as Ctrl-C does
     console = Console(width=170)
     cases = [case for case in CASES if not options.cases or case.key in options.cases]
-    steps, rounds = (45, 1) if options.quick else (options.steps, options.rounds)
+    rounds, turn_s = (3, 2.0) if options.quick else (options.rounds, options.turn)
     with console.status("") as status, tempfile.TemporaryDirectory() as folder:
-        bench = Bench(folder=Path(folder), steps=steps)
-        found = [
-            each for number in range(rounds) for each in _round(bench, cases, f"round {number + 1}: ", status.update)
-        ]
+        found = [_measure(Bench(Path(folder)), case, rounds, turn_s, status.update) for case in cases]
     about = provenance(["ray", "revdist", "torch"]) | {"command": COMMAND, "method": METHOD}
-    result = Result(about=about, rounds=tuple(found))
+    result = Result(about=about | {"turn_s": turn_s}, findings=tuple(found))
     for table in result.tables():
         console.print(table.for_terminal())
     name = f"heterogeneous-{about['date'][:10]}"
@@ -53,27 +62,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print("written: " + ", ".join(str(path) for path in [*paths, options.out / f"{name}.png"]))
 
 
-def _round(bench: Bench, cases: Sequence[Case], label: str, say: Callable[[str], None]) -> Iterator[Round]:
-    for case in cases:
-        say(f"{label}{case.title}")
-        first, second = bench.alone(case, 0), bench.alone(case, 1)
-        part = first.samples_per_s / (first.samples_per_s + second.samples_per_s)
-        share = min(max(round(part * GLOBAL_BATCH), 1), GLOBAL_BATCH - 1)
-        yield Round(
-            case=case,
-            alone=(first, second),
-            apart=bench.apart(case),
-            plain=bench.plain(case, equal_split(GLOBAL_BATCH, 2), same_micro_batch=True),
-            proportional=bench.plain(case, (share, GLOBAL_BATCH - share), same_micro_batch=False),
-            revdist=bench.revdist(case),
-        )
+def _measure(bench: Bench, case: Case, rounds: int, turn_s: float, say: Callable[[str], None]) -> Finding:
+    with ExitStack() as jobs:
+        jobs.enter_context(neighbour(case))
+
+        def start(job: J) -> J:
+            jobs.enter_context(job).warm_up(WARM_STEPS)
+            return job
+
+        say(f"{case.title}: starting")
+        alone = [start(bench.alone(case, rank)) for rank in (0, 1)]
+        speeds = [statistics.median(job.turn(turn_s).samples_per_s for _ in range(3)) for job in alone]
+        share = min(max(round(speeds[0] / sum(speeds) * GLOBAL_BATCH), 1), GLOBAL_BATCH - 1)
+        shares = (share, GLOBAL_BATCH - share)
+        by_hand_alone = [start(bench.apart(case, (rank,))) for rank in (0, 1)]
+        apart = start(bench.apart(case))
+        plain = start(bench.plain(case, equal_split(GLOBAL_BATCH, 2), same_micro_batch=True))
+        proportional = start(bench.plain(case, shares, same_micro_batch=False))
+        revdist = start(bench.revdist(case))
+        with_memory = [alone[1], revdist]
+        found = []
+        for number in range(rounds):
+            say(f"{case.title}: round {number + 1} of {rounds}")
+            changes = [partial(job.change_memory, number, rounds) for job in with_memory]
+            found.append(
+                Round(
+                    alone=(alone[0].turn(turn_s), alone[1].turn(turn_s, meanwhile=changes[0])),
+                    by_hand_alone=(by_hand_alone[0].turn(turn_s), by_hand_alone[1].turn(turn_s)),
+                    apart=apart.turn(turn_s),
+                    plain=plain.turn(turn_s),
+                    revdist=revdist.turn(turn_s, meanwhile=changes[1]),
+                    proportional=proportional.turn(turn_s),
+                )
+            )
+        return Finding(case=case, proportional_shares=shares, revdist_shares=revdist.shares(), rounds=tuple(found))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round of short runs, for trying it out")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120, help="of each run")
+    parser.add_argument("--quick", action="store_true", help="a few short rounds, for trying it out")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--turn", type=float, default=2.5, metavar="SECONDS", help="that each way has the machine for")
     parser.add_argument("--cases", nargs="+", choices=[case.key for case in CASES], metavar="CASE")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     return parser.parse_args(arguments)

@@ -84,9 +84,14 @@ def wait_for(condition: Callable[[], bool], *, patience_s: float) -> bool:
     return False
 
 
+def processes(mark: str) -> list[psutil.Process]:
+    """Every process of a job but this one."""
+    return [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_of(process, mark)]
+
+
 def end(mark: str) -> None:
     """Kill every process of a job, also those that are stopped or have left its tree, and wait for them."""
-    mine = [process for process in psutil.process_iter() if process.pid != os.getpid() and _is_of(process, mark)]
+    mine = processes(mark)
     for process in mine:
         try:
             process.kill()

@@ -25,7 +25,7 @@ class Case:
     neighbour: bool = False
     """Whether another process is busy on the second core all the time."""
     taken: float = 0.0
-    """Part of the second device's memory that another process takes for the middle third of the run."""
+    """Part of the second device's memory that another process takes for the middle third of the rounds."""
     goal: float | None = None
     """Least throughput as part of the sum of the devices alone; None: judged otherwise."""
 

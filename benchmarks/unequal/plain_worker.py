@@ -1,13 +1,14 @@
 """One rank of a data-parallel training written by hand, on a CPU device and a core: `plain_worker.py JOB`.
 
 RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun sets them. JOB holds, as JSON, per rank its
-core, the name and capacity of its device and its share of the batch; the number of steps; whether all ranks use
-one micro-batch size, as a job with one configuration does; and where it writes the seconds of each step. The
-gradient is that of the whole batch whatever the shares. A rank whose WORLD_SIZE is 1 trains by itself.
+core, the name and capacity of its device, its share of the batch and the file to which it writes when each step
+is done; and whether all ranks use one micro-batch size, as a job with one configuration does. The gradient is that
+of the whole batch whatever the shares. A rank whose WORLD_SIZE is 1 trains by itself. It goes on until it is ended.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -51,24 +52,18 @@ def main() -> None:
     replicated = DistributedDataParallel(model, gradient_as_bucket_view=True) if together else model
     optimizer = torch.optim.SGD(replicated.parameters(), **OPTIMIZER)
     scale = dist.get_world_size() / sum(JOB["shares"]) if together else 1 / share
-    seconds = []
-    for step in range(JOB["steps"]):
-        began_s = time.perf_counter()
-        first = step * GLOBAL_BATCH % (len(train) - GLOBAL_BATCH) + offset
-        chosen = torch.arange(first, first + share)
-        optimizer.zero_grad(set_to_none=False)
-        parts = chosen.split(micro_batch)
-        for number, part in enumerate(parts):
-            with replicated.no_sync() if together and number < len(parts) - 1 else nullcontext():
-                loss = F.cross_entropy(replicated(images_BCHW[part]), labels_B[part], reduction="sum")
-                (loss * scale).backward()
-        optimizer.step()
-        seconds.append(time.perf_counter() - began_s)
-    Path(JOB["out"][RANK]).write_text(json.dumps({"seconds": seconds, "micro_batch": micro_batch}), encoding="utf-8")
-    if together:
-        dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads, when torn down with the interpreter, now and then abort a process that is done
+    with Path(JOB["out"][RANK]).open("w", encoding="utf-8", buffering=1) as done:
+        for step in itertools.count():
+            first = step * GLOBAL_BATCH % (len(train) - GLOBAL_BATCH) + offset
+            chosen = torch.arange(first, first + share)
+            optimizer.zero_grad(set_to_none=False)
+            parts = chosen.split(micro_batch)
+            for number, part in enumerate(parts):
+                with replicated.no_sync() if together and number < len(parts) - 1 else nullcontext():
+                    loss = F.cross_entropy(replicated(images_BCHW[part]), labels_B[part], reduction="sum")
+                    (loss * scale).backward()
+            optimizer.step()
+            done.write(f"{time.time()}\n")
 
 
 def _largest_micro_batch(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> int:

@@ -9,103 +9,131 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import page
 from benchmarks.table import Table
 from benchmarks.unequal.cases import Case
-from benchmarks.unequal.ways import Outcome
+from benchmarks.unequal.job import Turn
 
 GOAL_OF_PLAIN = 0.98
-"""Least throughput on equal devices, as part of plain DDP's."""
+"""Least throughput on equal devices, as part of plain DDP's: 1 / 1.02 of its step time."""
+WAYS = {"plain": "plain DDP, equal", "proportional": "proportional", "revdist": "revdist"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """All ways in one case, one right after the other."""
+    """A turn of every way in one case, one right after the other."""
 
-    case: Case
-    alone: tuple[Outcome, Outcome]
-    apart: float
-    """Two trainings at once that exchange nothing, as part of each alone: what this machine allows at most."""
-    plain: Outcome
-    proportional: Outcome
-    revdist: Outcome
+    alone: tuple[Turn, Turn]
+    apart: Turn
+    by_hand_alone: tuple[Turn, Turn]
+    plain: Turn
+    proportional: Turn
+    revdist: Turn
 
     @property
     def sum_of_alone(self) -> float:
-        """Samples a second of both devices, each without the other."""
-        return sum(outcome.samples_per_s for outcome in self.alone)
+        """Samples a second of both devices under revdist, each without the other."""
+        return sum(turn.samples_per_s for turn in self.alone)
+
+    def speed(self, way: str) -> float:
+        turn: Turn = getattr(self, way)
+        return turn.samples_per_s
 
     def of_sum(self, way: str) -> float:
         """Throughput as part of the sum of the devices alone."""
         return self.speed(way) / self.sum_of_alone
 
-    def speed(self, way: str) -> float:
-        outcome: Outcome = getattr(self, way)
-        return outcome.samples_per_s_overall if self.case.taken else outcome.samples_per_s
+    @property
+    def apart_of_sum(self) -> float:
+        """What two trainings keep of their speed where both cores compute, though they exchange nothing."""
+        return self.apart.samples_per_s / sum(turn.samples_per_s for turn in self.by_hand_alone)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """All rounds of a case."""
+
+    case: Case
+    proportional_shares: tuple[int, int]
+    revdist_shares: tuple[int, ...]
+    """At the end."""
+    rounds: tuple[Round, ...]
+
+    def typical(self, value: Callable[[Round], float]) -> float:
+        """The median over rounds; the mean where rounds differ on purpose, as memory changes."""
+        values = [value(each) for each in self.rounds]
+        return statistics.fmean(values) if self.case.taken else statistics.median(values)
+
+    def spread(self, value: Callable[[Round], float]) -> tuple[float, float]:
+        """First and last quartile over rounds."""
+        values = sorted(value(each) for each in self.rounds)
+        if len(values) < 2:
+            return values[0], values[0]
+        first, _, last = statistics.quantiles(values, n=4, method="inclusive")
+        return first, last
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     about: dict[str, Any]
-    rounds: tuple[Round, ...]
-
-    @property
-    def cases(self) -> list[Case]:
-        return list({each.case.key: each.case for each in self.rounds}.values())
-
-    def median(self, case: Case, value: Callable[[Round], float]) -> float:
-        """Over the rounds of a case."""
-        return statistics.median(value(each) for each in self.rounds if each.case == case)
+    findings: tuple[Finding, ...]
 
     def tables(self) -> Iterator[Table]:
         yield self._throughput()
+        yield self._ratios()
         yield self._goals()
 
     def write(self, folder: Path, name: str, *, figure: str) -> list[Path]:
         """Write `name`.json and `name`.md; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{name}.json", folder / f"{name}.md"]
-        content = {"about": self.about, "rounds": [dataclasses.asdict(each) for each in self.rounds]}
+        content = {"about": self.about, "cases": [dataclasses.asdict(each) for each in self.findings]}
         paths[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        paths[1].write_text(self._as_markdown(figure), encoding="utf-8")
+        text = page("Unequal devices", self.about, self.tables(), figure=figure, caption="Throughput by case")
+        paths[1].write_text(text, encoding="utf-8")
         return paths
 
     def _throughput(self) -> Table:
         rows = [
             [
-                case.title,
-                f"{self.median(case, lambda each: each.sum_of_alone):.0f}",
-                *(f"{self.median(case, lambda each, way=way: each.speed(way)):.0f}" for way in WAYS),  # type: ignore[misc]
-                *(f"{self.median(case, lambda each, way=way: each.of_sum(way)):.3f}" for way in WAYS),  # type: ignore[misc]
-                f"{self.median(case, lambda each: each.apart):.3f}",
+                finding.case.title,
+                f"{finding.typical(lambda each: each.sum_of_alone):.0f}",
+                *(f"{finding.typical(lambda each, way=way: each.speed(way)):.0f}" for way in WAYS),  # type: ignore[misc]
+                "{}, {}".format(*finding.proportional_shares),
+                ", ".join(str(share) for share in finding.revdist_shares),
             ]
-            for case in self.cases
+            for finding in self.findings
         ]
-        columns = ["samples a second", "sum alone", *WAYS.values(), *(f"{name} / sum" for name in WAYS.values()),
-                   "apart / sum"]  # fmt: skip
+        columns = ["samples a second", "sum alone", *WAYS.values(), "shares, proportional", "shares, revdist"]
         return Table(title="Two devices together, and what each does alone", columns=columns, rows=rows)
+
+    def _ratios(self) -> Table:
+        rows = []
+        for finding in self.findings:
+            values: list[Callable[[Round], float]] = [
+                *((lambda each, way=way: each.of_sum(way)) for way in WAYS),  # type: ignore[misc]
+                lambda each: each.speed("revdist") / each.speed("plain"),
+                lambda each: each.apart_of_sum,
+            ]
+            rows.append([finding.case.title, *(_with_spread(finding, value) for value in values)])
+        columns = ["part of the sum alone", *WAYS.values(), "revdist / plain DDP", "apart / alone, by hand"]
+        return Table(title="Ratios within a round, with the quartiles over rounds", columns=columns, rows=rows)
 
     def _goals(self) -> Table:
         rows = []
-        for case in self.cases:
-            if case.goal is not None:
-                reached = self.median(case, lambda each: each.of_sum("revdist"))
-                rows.append([f"{case.title}: part of the sum alone", f"{reached:.3f}", f">= {case.goal}"])
-            if case.key == "equal":
-                reached = self.median(case, lambda each: each.speed("revdist") / each.speed("plain"))
-                rows.append([f"{case.title}: part of plain DDP's speed", f"{reached:.3f}", f">= {GOAL_OF_PLAIN}"])
+        for finding in self.findings:
+            title = finding.case.title
+            if finding.case.goal is not None:
+                reached = finding.typical(lambda each: each.of_sum("revdist"))
+                rows.append([f"{title}: part of the sum alone", f"{reached:.3f}", f">= {finding.case.goal}"])
+            if finding.case.key == "equal":
+                reached = finding.typical(lambda each: each.speed("revdist") / each.speed("plain"))
+                rows.append([f"{title}: part of plain DDP's speed", f"{reached:.3f}", f">= {GOAL_OF_PLAIN}"])
         rows = [[*row, "yes" if float(row[1]) >= float(row[2][3:]) else "no"] for row in rows]
-        return Table(title="Goals, medians of ratios within a round", columns=["goal", "measured", "wanted", "met"],
-                     rows=rows, colors={"yes": "green", "no": "red"})  # fmt: skip
-
-    def _as_markdown(self, figure: str) -> str:
-        about = self.about
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        machine = f"{about['hardware']['cpu']} ({about['hardware']['num_cores']} cores), {versions}"
-        head = (
-            f"# Unequal devices, {about['date'][:10]}\n\n{about['method']}\n\n"
-            f"`{about['command']}` on {machine}.\n\n![Throughput by case]({figure})\n"
-        )
-        return "\n".join([head, *(table.as_markdown() for table in self.tables())])
+        return Table(title="Goals", columns=["goal", "measured", "wanted", "met"], rows=rows,
+                     colors={"yes": "green", "no": "red"})  # fmt: skip
 
 
-WAYS = {"plain": "plain DDP, equal", "proportional": "proportional", "revdist": "revdist"}
+def _with_spread(finding: Finding, value: Callable[[Round], float]) -> str:
+    first, last = finding.spread(value)
+    return f"{finding.typical(value):.2f} ({first:.2f}-{last:.2f})"

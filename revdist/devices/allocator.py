@@ -35,6 +35,8 @@ class NativeAllocator:
     allocated_bytes: Callable[[], int]
     peak_bytes: Callable[[], int]
     reset_peak: Callable[[], None]
+    kept_bytes: Callable[[], int]
+    """Freed blocks that this process keeps to use them again."""
     deactivate: Callable[[], None]
     take: Callable[[int], int | None]
     """Takes and touches bytes as a tensor storage would; its address, or None where there are too few."""
@@ -48,6 +50,7 @@ class NativeAllocator:
         self._bind("allocated_bytes", ctypes.c_int64)
         self._bind("peak_bytes", ctypes.c_int64)
         self._bind("reset_peak", None)
+        self._bind("kept_bytes", ctypes.c_int64)
         self._bind("deactivate", None)
         self._bind("take", ctypes.c_void_p, ctypes.c_uint64)
         self._bind("give_back", None, ctypes.c_void_p)

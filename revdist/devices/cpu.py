@@ -82,7 +82,9 @@ class CpuDevice(Device):
     def read(self) -> Reading:
         if self._resident is not None:
             self._resident.allocated_bytes()  # publishes what this process holds
-        return _reading(self.name, self.uuid, self._ledger.balance())
+        # To the host freed blocks that are kept are taken; to this process they are free.
+        kept_bytes = 0 if self._allocator is None else self._allocator.kept_bytes()
+        return _reading(self.name, self.uuid, self._ledger.balance(), kept_bytes=kept_bytes)
 
     def reserve(self) -> bool:
         """Keep the device for this process until it ends; False where another process keeps it.
@@ -158,8 +160,8 @@ def plain_reading(directory: str | Path | None = None) -> Reading:
     return _reading(DEFAULT_NAME, ledger_uuid(ledger_path(DEFAULT_NAME, directory)), balance)
 
 
-def _reading(name: str, uuid: str, balance: Balance) -> Reading:
-    host_free_bytes = host.host_memory()[1]
+def _reading(name: str, uuid: str, balance: Balance, *, kept_bytes: int = 0) -> Reading:
+    host_free_bytes = host.host_memory()[1] + kept_bytes
     free_bytes = max(0, balance.capacity_bytes - balance.used_bytes)
     notes = []
     if balance.num_unenforced:

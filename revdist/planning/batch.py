@@ -7,8 +7,8 @@ memory, so that its schedule is slower: each micro-batch size has its own fronti
 
     step_s(s) = overhead + min over cuts (m, a, b) of ( ceil(s / m) * a + b * s )
 
-is exact over the micro-batch sizes tried: all up to 8, then four per doubling, up to the largest
-measured. Each cut's time grows with s, so step_s does too, which `split` relies on.
+is exact over the micro-batch sizes tried: all up to 8, then four per doubling, up to twice the largest
+measured: a device that turns out faster than its peers gets more than the share it was measured for. Each cut's time grows with s, so step_s does too, which `split` relies on.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ __all__ = ["BatchChoice", "Cut", "StepTimeCurve", "candidates", "interpolate", "
 
 MAX_SHARE = 2**24
 """Largest share a curve may cover."""
+_REACH = 2
+"""Multiple of the largest measured micro-batch up to which the line through two measured ones is followed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +168,8 @@ def step_time_curve(
     """Step times of shares 1 to `max_share` within an activation budget.
 
     profiles: one chain on one device, at one to three micro-batch sizes. micro_batches: the sizes to
-    choose from; empty: `candidates` up to the largest measured or `max_share`. With one profile, nothing is known of
-    a micro-batch's constant time, so its size is kept where it fits, else the largest that does.
+    choose from; empty: `candidates` up to twice the largest measured or `max_share`. With one profile, nothing is known
+    of a micro-batch's constant time, so its size is kept where it fits, else the largest that does.
 
     Frontiers do not depend on the budget and are remembered, so a new budget is a look-up.
 
@@ -175,7 +177,7 @@ def step_time_curve(
     """
     _check_max_share(max_share)
     largest = max((profile.micro_batch for profile in profiles), default=1)
-    sizes = tuple(micro_batches) or candidates(largest if len(profiles) == 1 else min(max_share, largest))
+    sizes = tuple(micro_batches) or candidates(largest if len(profiles) == 1 else min(max_share, _REACH * largest))
     table = _table(tuple(profiles), sizes, guarantee, None if modes is None else tuple(modes))
     cuts = table.cuts(budget_bytes)
     return StepTimeCurve(

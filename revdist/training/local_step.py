@@ -109,7 +109,7 @@ class LocalStep:
 
         Returns the message, not the error: its traceback would keep the activations alive.
         """
-        torch.manual_seed(_step_seed(self._seed, step, rank))
+        self._draw_from(_step_seed(self._seed, step, rank))
         self._replicated.start_step()
         loss_sum = 0.0
         try:
@@ -120,6 +120,12 @@ class LocalStep:
         except torch.OutOfMemoryError as error:
             return loss_sum, str(error)
         return loss_sum, None
+
+    def _draw_from(self, seed: int) -> None:
+        """Seed what this device draws from: `torch.manual_seed` asks after every kind of device, 0.3 ms a step."""
+        torch.default_generator.manual_seed(seed)
+        if self._device.kind == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _load(self, dataset: Any, part: Indices) -> tuple[Any, Any]:
         return move_batch(fetch(dataset, part), self._device.torch_device, self._precision)

@@ -128,7 +128,7 @@ class Replicated:
         """Zero the gradients, in place: they stay views of the buckets that are reduced."""
         self._reduced.clear()
         self._reducing = False
-        self.loss.zero_grad(set_to_none=False)
+        torch._foreach_zero_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def backward(self, batch: tuple[Any, Any] | None, scale: float, *, reduce: bool) -> float:
         """Forward and backward of one micro-batch; returns its summed loss.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar, final
@@ -159,14 +161,21 @@ Report = (
 )
 
 
+PATIENT = (StepReport, LogReport)
+"""Reports that may wait a little for others: read one by one, those of fast steps would slow the steps down."""
+_GATHER_S = 0.2
+
+
 @final
 class Outbox:
     """Reports in order, each kept until a reader says that it has it, so that a new reader misses none."""
 
     def __init__(self, *, capacity: int = 100_000) -> None:
-        self._reports: deque[tuple[int, Report]] = deque(maxlen=capacity)
+        self._reports: deque[tuple[int, float, Report]] = deque(maxlen=capacity)
         self._last = 0
         self._closed = False
+        self._due_s = math.inf
+        """When the first report has waited long enough for others."""
         self._latest: dict[type[Any], Any] = {}
         self._changed = threading.Condition()
 
@@ -174,8 +183,11 @@ class Outbox:
         with self._changed:
             self._latest[type(report)] = report
             self._last += 1
-            self._reports.append((self._last, report))
-            self._changed.notify_all()
+            due_s = time.monotonic() + (_GATHER_S if isinstance(report, PATIENT) else 0.0)
+            self._reports.append((self._last, due_s, report))
+            if due_s < self._due_s:
+                self._due_s = due_s
+                self._changed.notify_all()
 
     @property
     def waiting(self) -> int:
@@ -201,10 +213,14 @@ class Outbox:
     def read(self, after: int, *, timeout_s: float) -> tuple[int, list[Report]]:
         """Reports after number `after`, which is thereby acknowledged, and the number of the last one.
 
-        Waits up to `timeout_s` for the first; the list is empty where none came.
+        Waits up to `timeout_s` for the first, and a moment for more unless it is urgent; the list is empty where
+        none came.
         """
+        until_s = time.monotonic() + timeout_s
         with self._changed:
             while self._reports and self._reports[0][0] <= after:
                 self._reports.popleft()
-            self._changed.wait_for(lambda: self._reports or self._closed, timeout=timeout_s)
-            return (self._reports[-1][0] if self._reports else after), [report for _, report in self._reports]
+            self._due_s = min((due_s for _, due_s, _ in self._reports), default=math.inf)
+            while not self._closed and (now_s := time.monotonic()) < min(self._due_s, until_s):
+                self._changed.wait(min(self._due_s, until_s) - now_s)
+            return (self._reports[-1][0] if self._reports else after), [report for _, _, report in self._reports]

@@ -1,6 +1,7 @@
 // The allocator behind a CPU device: charges each CPU tensor storage to the device's ledger.
 //
-// It hands out torch's own allocations, so alignment and the profiler's memory events stay what they are.
+// It hands out torch's own allocations, so alignment and the profiler's memory events stay what they are, and keeps
+// what is freed for the next step that wants it.
 // What a storage was charged lies in a table beside it, not in a header before it: oneDNN frees
 // buffers through the allocator that is current *then*, including those it took before ours came.
 //
@@ -8,6 +9,7 @@
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/Exception.h>
 
 #include <fcntl.h>
@@ -15,6 +17,7 @@
 #include <sched.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
@@ -22,6 +25,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "kept_blocks.h"
 #include "ledger.h"
 
 namespace {
@@ -54,6 +58,10 @@ thread_local bool inside_callback = false;
 c10::Allocator* original = nullptr;
 c10::DeleterFnPtr original_delete = nullptr;
 auto& shards = *new std::array<Shard, kNumShards>;
+auto& kept_blocks = *new KeptBlocks(c10::free_cpu);
+// Most bytes that storages of this process have had at once. With what is kept they never have a quarter more.
+std::atomic<uint64_t> most_bytes_at_once{0};
+bool keeps_blocks = false;
 
 Shard& shard_of(void* data) { return shards[(reinterpret_cast<uintptr_t>(data) >> 6) % kNumShards]; }
 
@@ -158,30 +166,61 @@ void charge(const Account& account, uint64_t num_bytes) {
   throw_out_of_memory(account, num_bytes);
 }
 
-// Gives back what `data` was charged; of memory that was never charged it knows nothing.
-void uncharge(void* data) {
+// Gives back what `data` was charged, and returns how much that is; of memory that was never charged it knows nothing.
+uint64_t uncharge(void* data) {
   Shard& shard = shard_of(data);
   std::lock_guard<std::mutex> guard(shard.mutex);
   auto found = shard.charges.find(data);
-  if (found == shard.charges.end()) return;
-  subtract(found->second.slot->current_bytes, found->second.num_bytes);
+  if (found == shard.charges.end()) return 0;
+  uint64_t num_bytes = found->second.num_bytes;
+  subtract(found->second.slot->current_bytes, num_bytes);
   shard.charges.erase(found);
+  return num_bytes;
+}
+
+bool worth_keeping(uint64_t num_bytes) {
+  return keeps_blocks && num_bytes >= KeptBlocks::kLeastBytes && active_account.load(std::memory_order_relaxed) != nullptr;
 }
 
 void uncharge_and_delete(void* data) {
   if (data == nullptr) return;
-  uncharge(data);
-  original_delete(data);
+  uint64_t num_bytes = uncharge(data);
+  if (!worth_keeping(num_bytes)) return original_delete(data);
+  c10::profiledCPUMemoryReporter().Delete(data);
+  kept_blocks.keep(data, num_bytes);
+}
+
+// Memory for what has just been charged.
+void* take_block(const Account& account, size_t num_bytes) {
+  uint64_t now_bytes = revdist_load(&account.slot->current_bytes);
+  uint64_t most_bytes = most_bytes_at_once.load(std::memory_order_relaxed);
+  while (most_bytes < now_bytes && !most_bytes_at_once.compare_exchange_weak(most_bytes, now_bytes)) {
+  }
+  if (worth_keeping(num_bytes)) {
+    if (void* data = kept_blocks.take(num_bytes)) {
+      c10::profiledCPUMemoryReporter().New(data, num_bytes);
+      return data;
+    }
+    most_bytes = std::max(most_bytes, now_bytes);
+    kept_blocks.shrink_to(most_bytes + most_bytes / 4 - now_bytes);
+  }
+  try {
+    return original->allocate(num_bytes).release_context();
+  } catch (...) {
+    if (kept_blocks.kept_bytes() == 0) throw;
+    kept_blocks.shrink_to(0);
+    return original->allocate(num_bytes).release_context();
+  }
 }
 
 class LedgerAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t num_bytes) override {
     const Account* account = active_account.load(std::memory_order_acquire);
-    if (account == nullptr || num_bytes == 0) return adopt(original->allocate(num_bytes));
+    if (account == nullptr || num_bytes == 0) return adopt(original->allocate(num_bytes).release_context());
     charge(*account, num_bytes);
     try {
-      c10::DataPtr data = adopt(original->allocate(num_bytes));
+      c10::DataPtr data = adopt(take_block(*account, num_bytes));
       Shard& shard = shard_of(data.get());
       std::lock_guard<std::mutex> guard(shard.mutex);
       shard.charges[data.get()] = Charge{account->slot, num_bytes};
@@ -199,18 +238,19 @@ class LedgerAllocator final : public c10::Allocator {
   }
 
  private:
-  static c10::DataPtr adopt(c10::DataPtr data) {
-    void* address = data.release_context();
+  static c10::DataPtr adopt(void* address) {
     return {address, address, &uncharge_and_delete, c10::Device(c10::DeviceType::CPU)};
   }
 };
 
 void before_fork() {
+  kept_blocks.lock();
   for (Shard& shard : shards) shard.mutex.lock();
 }
 
 void in_parent() {
   for (Shard& shard : shards) shard.mutex.unlock();
+  kept_blocks.unlock();
 }
 
 // A child inherits the parent's tensors but not its slot: it charges nothing and gives nothing back.
@@ -222,12 +262,14 @@ void in_child() {
     shard.charges.clear();
     shard.mutex.unlock();
   }
+  kept_blocks.unlock();
 }
 
 bool install() {
   original = c10::GetCPUAllocator();
   original_delete = original->raw_deleter();
   if (original_delete == nullptr) return false;
+  keeps_blocks = original == c10::GetDefaultCPUAllocator();  // else free_cpu is not how a block is freed
   pthread_atfork(before_fork, in_parent, in_child);
   c10::SetCPUAllocator(new LedgerAllocator, 255);
   return true;
@@ -261,7 +303,11 @@ EXPORTED int revdist_activate(const char* path, uint32_t slot_index) {
 EXPORTED void revdist_deactivate() {
   shortage_callback.store(nullptr);
   active_account.store(nullptr);
+  kept_blocks.shrink_to(0);
 }
+
+// Bytes of freed blocks that this process keeps: no tensor's, and no other process's either.
+EXPORTED int64_t revdist_kept_bytes() { return static_cast<int64_t>(kept_blocks.kept_bytes()); }
 
 // Whether this process charges; false in a forked child.
 EXPORTED int revdist_is_active() { return active_account.load() != nullptr; }
