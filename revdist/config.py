@@ -101,6 +101,8 @@ class PlanningConfig(Section):
     """Largest relative extra time over the optimum where the exact frontier would be too large."""
     profile_repeats: int = pydantic.Field(5, ge=1)
     profile_cache: bool = True
+    profile_first: bool = False
+    """Measure a model that was never seen before the first step; else between the first steps."""
     max_reconstruction_error: float | None = pydantic.Field(None, gt=0)
     """Largest relative error of an activation rebuilt by INVERT; none: not limited."""
 

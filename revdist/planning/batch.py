@@ -8,7 +8,8 @@ memory, so that its schedule is slower: each micro-batch size has its own fronti
     step_s(s) = overhead + min over cuts (m, a, b) of ( ceil(s / m) * a + b * s )
 
 is exact over the micro-batch sizes tried: all up to 8, then four per doubling, up to twice the largest
-measured: a device that turns out faster than its peers gets more than the share it was measured for. Each cut's time grows with s, so step_s does too, which `split` relies on.
+measured, as a device that turns out faster than its peers gets more than the share it was measured for.
+Each cut's time grows with s, so step_s does too, which `split` relies on.
 """
 
 from __future__ import annotations

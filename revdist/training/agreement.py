@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from revdist.training.row import Row
+from revdist.training.row import Row, Stage
 
 
 def agree(row: Row, group: dist.ProcessGroup) -> list[Row]:
@@ -48,6 +48,12 @@ def next_generation(rows: Sequence[Row]) -> int:
 def next_group(rows: Sequence[Row]) -> int:
     """The newest group that every rank is ready to change to."""
     return min(row.newest_group for row in rows)
+
+
+def must_pool(rows: Sequence[Row]) -> bool:
+    """Whether all ranks exchange profiles now: some were measured since the start, and none is to come."""
+    stages = [row.profile_stage for row in rows]
+    return Stage.MEASURING not in stages and Stage.MEASURED in stages
 
 
 def mean_loss(rows: Sequence[Row]) -> float:

@@ -1,8 +1,11 @@
-"""The first plan of a run, which waits for no solver.
+"""The first plans of a run, which wait for no solver, and for no profile.
 
 Loading the compiled solver takes longer than several steps of a small model. A schedule that is good
 enough to start with is found without it: the fastest there is where the memory allows it, else the
 thriftiest. The solver's plan follows as the first replan.
+
+Of a model that was never seen on this type of device not even a profile is there. It starts with everything
+rebuilt that can be, in small micro-batches, and is measured between its first steps.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from revdist.planning.batch import Cut, StepTimeCurve
-from revdist.planning.costs import Option, Profile, Schedule
+from revdist.planning.costs import Mode, Option, Profile, Schedule
 from revdist.planning.interpolation import interpolate
 from revdist.planning.replay import schedule_of
+
+_THRIFTIEST = (Mode.INVERT, Mode.RECOMPUTE, Mode.SAVE)
 
 
 def first_curve(
@@ -27,6 +32,20 @@ def first_curve(
             if max(schedule.need_bytes, profile.step_peak_bytes) <= budget_bytes:
                 return _curve(profile, schedule, max_share=max_share, budget_bytes=budget_bytes)
     return None
+
+
+def unprofiled_curve(
+    options: Sequence[tuple[Mode, ...]], budget_bytes: int, *, micro_batch: int, max_share: int, exact: bool
+) -> StepTimeCurve:
+    """A curve for a chain of which only the modes are known: it may need the whole budget, and any time.
+
+    options: the modes of each operator. exact: nothing may be inverted.
+    """
+    preferred = [mode for mode in _THRIFTIEST if not (exact and mode is Mode.INVERT)]
+    modes = [next((mode for mode in preferred if mode in offered), offered[0]) for offered in options]
+    schedule = Schedule(modes=tuple(modes), need_bytes=budget_bytes)
+    cut = Cut(micro_batch=micro_batch, micro_batch_s=0.0, sample_s=0.0, schedule=schedule)
+    return StepTimeCurve(max_share=max_share, cuts=(cut,), budget_bytes=budget_bytes)
 
 
 def _choose(profile: Profile, preference: Callable[[Option], float]) -> Schedule:

@@ -12,12 +12,14 @@ import threading
 from collections.abc import Sequence
 from typing import final
 
+import torch
+
 from revdist.config import RunConfig
 from revdist.errors import BudgetTooSmall, format_bytes
 from revdist.planning.accuracy import bounded, not_to_be_inverted
 from revdist.planning.batch import StepTimeCurve, step_time_curve
 from revdist.planning.costs import Mode, Option, Plan, Profile
-from revdist.training.first_plan import first_curve
+from revdist.training.first_plan import first_curve, unprofiled_curve
 
 _GIVE_WAY = 0.9
 """A plan that did not fit is followed by one that needs this part of its memory at most."""
@@ -36,37 +38,62 @@ class LocalPlanner:
         device_name: str = "",
         fixed_bytes: int,
         step_peak_bytes: int,
+        options: Sequence[tuple[Mode, ...]] = (),
+        first_micro_batch: int = 1,
     ) -> None:
-        """step_peak_bytes: most bytes needed between two backwards, on top of `fixed_bytes`: no plan changes them.
+        """profiles: none where the model is yet to be measured: see `learn`.
+        fixed_bytes: of the device, whatever the plan.
+        step_peak_bytes: most bytes needed between two backwards, on top of `fixed_bytes`: no plan changes them.
+        options, first_micro_batch: the modes of every operator, and the micro-batch to start with, for a planner
+        without profiles.
 
         Raises AccuracyUnreachable where every plan would be less accurate than is asked for.
         """
         self._config = config
-        self._profiles = [
-            dataclasses.replace(_allowed(profile, config), fixed_bytes=fixed_bytes, step_peak_bytes=step_peak_bytes)
-            for profile in accurate(profiles, config)
-        ]
+        self.fixed_bytes = fixed_bytes
+        """Bytes of the device that no plan changes."""
+        self._step_peak_bytes = step_peak_bytes
+        self._options = [_offered(modes, config) for modes in options]
+        self._first_micro_batch = first_micro_batch
+        self._profiles: list[Profile] = []
         self._device = device
         self._device_name = device_name or device
         self._lock = threading.Lock()
         self._curve: StepTimeCurve | None = None
         self._mistrust_bytes = 0
-        self._step_peak_bytes = step_peak_bytes
         self.version = 0
         """Counts changes of the curve."""
         self.reason = "start"
         """Why it changed last."""
+        self.learn(profiles)
+
+    def learn(self, profiles: Sequence[Profile]) -> None:
+        """Plan with these profiles from the next curve on.
+
+        Raises AccuracyUnreachable where every plan would be less accurate than is asked for.
+        """
+        with self._lock:
+            self._profiles = [
+                dataclasses.replace(
+                    _allowed(profile, self._config),
+                    fixed_bytes=self.fixed_bytes,
+                    step_peak_bytes=self._step_peak_bytes,
+                )
+                for profile in accurate(profiles, self._config)
+            ]
 
     @property
-    def fixed_bytes(self) -> int:
-        """Bytes of the device that no plan changes."""
-        return self._profiles[0].fixed_bytes
+    def has_profiles(self) -> bool:
+        return bool(self._profiles)
 
     @property
     def never_inverted(self) -> frozenset[int]:
         """Operators that must not be inverted for accuracy, also when memory is short; empty without a limit."""
-        limited = self._config.planning.max_reconstruction_error is not None
-        return not_to_be_inverted(self._profiles[0]) if limited else frozenset()
+        if self._config.planning.max_reconstruction_error is None:
+            return frozenset()
+        if not self._profiles:
+            return frozenset(range(len(self._options)))
+        return not_to_be_inverted(self._profiles[0])
 
     @property
     def curve(self) -> StepTimeCurve:
@@ -87,19 +114,21 @@ class LocalPlanner:
             return max(self._step_peak_bytes, error.minimum_bytes)
         return self._step_peak_bytes
 
-    def start(self, budget_bytes: int) -> StepTimeCurve:
-        """The first curve, which does not wait for the solver where a simple schedule fits.
+    def start(self, budget_bytes: int, *, reason: str = "start") -> StepTimeCurve:
+        """The first curve, which waits neither for a profile nor, where a simple schedule fits, for the solver.
 
-        Raises BudgetTooSmall where no plan fits.
+        Raises BudgetTooSmall where it is known that no plan fits.
         """
+        if not self._profiles:
+            return self._set(self._unprofiled(budget_bytes, self._first_micro_batch), reason)
         curve = first_curve(
             self._profiles, budget_bytes, micro_batch=self._config.micro_batch, max_share=self._config.global_batch
         )
         if curve is not None:
-            return self._set(curve, "start")
+            return self._set(curve, reason)
         if budget_bytes < self.minimum_bytes:
             raise BudgetTooSmall(budget_bytes, self.minimum_bytes, where=self._device_name, remedy=self._remedy)
-        return self.replan(budget_bytes, reason="start")
+        return self.replan(budget_bytes, reason=reason)
 
     def replan(self, budget_bytes: int, *, reason: str) -> StepTimeCurve:
         """Plan for another budget from now on, or for the smallest that any plan needs if it is below that.
@@ -115,9 +144,14 @@ class LocalPlanner:
 
         Where the device's reading, `budget_bytes`, says that it should have fitted, what the reading
         promises too much is held against it for the rest of the run.
-        Raises BudgetTooSmall where the plan was the smallest there is.
+        Raises BudgetTooSmall where the plan was the smallest there is, and torch.OutOfMemoryError where a model
+        without a profile does not even fit sample by sample.
         """
         with self._lock:
+            if not self._profiles:
+                if plan.micro_batch == 1 or self._config.micro_batch is not None:
+                    raise torch.OutOfMemoryError(f"{self._device_name} has no room for a micro-batch of one")
+                return self._set(self._unprofiled(budget_bytes, plan.micro_batch // 2), "memory-lost")
             if plan.schedule.need_bytes <= self.minimum_bytes:
                 raise BudgetTooSmall(
                     min(budget_bytes, self.minimum_bytes - 1),
@@ -135,7 +169,7 @@ class LocalPlanner:
         with self._lock:
             curve = self.curve
         choice = curve.choice(share)
-        need = max(choice.schedule.need_bytes, self._profiles[0].step_peak_bytes)
+        need = max(choice.schedule.need_bytes, self._step_peak_bytes)
         return Plan(
             generation=generation,
             rank=rank,
@@ -169,6 +203,15 @@ class LocalPlanner:
             return f"give the device that much more; {fixed}"
         return f"lower micro_batch, or give the device that much more; {fixed}"
 
+    def _unprofiled(self, budget_bytes: int, micro_batch: int) -> StepTimeCurve:
+        return unprofiled_curve(
+            self._options,
+            budget_bytes,
+            micro_batch=micro_batch,
+            max_share=self._config.global_batch,
+            exact=self._config.planning.max_reconstruction_error is not None,
+        )
+
     def _set(self, curve: StepTimeCurve, reason: str) -> StepTimeCurve:
         self._curve = curve
         self.version += 1
@@ -200,6 +243,15 @@ def _allowed(profile: Profile, config: RunConfig) -> Profile:
     if config.planning.schedule == "auto":
         return profile
     return _only(profile, Mode.SAVE if config.planning.schedule == "save" else Mode.INVERT)
+
+
+def _offered(modes: tuple[Mode, ...], config: RunConfig) -> tuple[Mode, ...]:
+    """The modes of an operator that the configuration allows."""
+    if config.planning.schedule == "auto":
+        wanted = tuple(Mode(mode) for mode in config.planning.modes)
+    else:
+        wanted = (Mode.SAVE if config.planning.schedule == "save" else Mode.INVERT,)
+    return tuple(mode for mode in modes if mode in wanted) or modes
 
 
 def _only(profile: Profile, mode: Mode) -> Profile:

@@ -10,9 +10,10 @@ Out of memory is an event, met in three ways, the cheapest that works:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
@@ -98,6 +99,15 @@ class LocalStep:
     def restore_buffers(self) -> None:
         """Take back what the step did to buffers: it will be redone."""
         self._buffers.restore()
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Inside, memory that runs out is an error at once: there is no step whose activations could be given up."""
+        self._device.on_shortage(None)
+        try:
+            yield
+        finally:
+            self._device.on_shortage(self._demote)
 
     def close(self) -> None:
         self._device.on_shortage(None)

@@ -22,6 +22,7 @@ from revdist.devices.device import Device, MemoryMeter
 from revdist.planning.costs import Plan
 from revdist.training.agreement import agree, mean_loss, must_redo, must_save, must_stop, next_generation, next_group
 from revdist.training.data import slice_of
+from revdist.training.late_profile import LateProfile
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.local_step import LocalStep, Outcome
 from revdist.training.memory import MemoryView
@@ -46,6 +47,7 @@ class Trained:
     optimizer: torch.optim.Optimizer
     planner: LocalPlanner
     memory: MemoryView
+    late_profile: LateProfile
 
 
 class Pause(enum.Enum):
@@ -121,6 +123,7 @@ class Loop:
             rows = self._take_step()
             self._asked_to_save = must_save(rows)
             self._adopt_generation(next_generation(rows))
+            self._learn(rows)
             if must_stop(rows):
                 return Pause.STOPPED
             if next_group(rows) > self._group:
@@ -150,6 +153,14 @@ class Loop:
         if self.rank == 0 and not was_first:
             for report in self._reports:
                 self._outbox.put(report)
+
+    def _learn(self, rows: Sequence[Row]) -> None:
+        """Measure on, where training began without a profile."""
+        began_s = time.perf_counter()
+        with self._local.undisturbed():
+            if self._t.late_profile.advance(rows):
+                self._meter.reset_peak()
+                self._pause_s += time.perf_counter() - began_s
 
     @property
     def _checkpoint_is_due(self) -> bool:
@@ -223,6 +234,7 @@ class Loop:
             save=self._wants_to_save,
             newest_generation=self._inbox.newest_generation,
             newest_group=self._inbox.ready_group,
+            profile_stage=self._t.late_profile.stage,
             generation=self.shares.generation,
             share=self.plan.share,
             micro_batch=self.plan.micro_batch,

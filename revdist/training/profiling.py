@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -44,20 +44,25 @@ class Profiling:
         """After `pool`: one profile for every key that some rank has."""
 
     def profiles(self, sizes: tuple[int, ...], progress: Progress) -> tuple[Profile, ...]:
-        """Profiles at these micro-batch sizes, smallest first.
+        """Profiles at these micro-batch sizes, smallest first; raises as `one_by_one` does."""
+        return tuple(reversed([profile for profile, _ in self.one_by_one(sizes, progress)]))
+
+    def one_by_one(self, sizes: tuple[int, ...], progress: Progress) -> Iterator[tuple[Profile, bool]]:
+        """Profiles at these micro-batch sizes, largest first, each measured when it is asked for.
+
+        Beside each stands whether it is the last.
 
         Where the device has no room for a size, half of it is measured instead; raises
         torch.OutOfMemoryError where not even one sample fits.
         """
-        found: dict[int, Profile] = {}
         limit = max(sizes)
-        for number, size in enumerate(sorted(sizes, reverse=True)):
-            if min(size, limit) < 1:
-                break
-            profile = self._get_or_halve(min(size, limit), _part_of(progress, number, len(sizes)))
-            found[profile.micro_batch] = profile
+        for number, size in enumerate(sorted(sizes, reverse=True), start=1):
+            profile = self._get_or_halve(min(size, limit), _part_of(progress, number - 1, len(sizes)))
             limit = profile.micro_batch - 1
-        return tuple(found[size] for size in sorted(found))
+            is_last = number == len(sizes) or limit == 0
+            yield profile, is_last
+            if is_last:
+                return
 
     def cached(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Those micro-batch sizes at which this type of device has been profiled."""

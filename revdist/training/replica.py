@@ -6,6 +6,7 @@ and an `Outbox`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import socket
@@ -18,13 +19,14 @@ import torch
 import torch.distributed as dist
 
 from revdist.devices.device import Device
-from revdist.errors import DeviceError, DeviceLost, RevdistError, RunFailed
+from revdist.errors import DeviceError, DeviceLost, RevdistError, RunFailed, UsageError
 from revdist.planning.accuracy import largest_error
 from revdist.planning.costs import Mode, Profile
 from revdist.planning.replay import uniform
 from revdist.training.checkpoint_files import checkpoints
 from revdist.training.evaluation import evaluate
 from revdist.training.group import Group, announce, is_broken
+from revdist.training.late_profile import LateProfile
 from revdist.training.local_planner import LocalPlanner
 from revdist.training.local_step import LocalStep
 from revdist.training.loop import Loop, Pause, Trained
@@ -62,6 +64,7 @@ class Replica:
         self._membership: Membership | None = None
         self._saver = Saver(assignment.config, assignment.checkpoints, self._event)
         self._step = 0
+        self._free_bytes = 0
         self._trained: Trained | None = None
         self._loop: Loop | None = None
 
@@ -148,7 +151,12 @@ class Replica:
     def _train(self, trained: Trained, loop: Loop) -> bool:
         """Take all steps of the run, through as many groups as it takes; False where told to stop before."""
         while True:
-            pause = self._with_the_others(lambda: loop.run(checkpoint=lambda: self._save(trained)))
+            try:
+                pause = self._with_the_others(lambda: loop.run(checkpoint=lambda: self._save(trained)))
+            except torch.OutOfMemoryError as error:
+                if trained.planner.has_profiles:
+                    raise
+                raise self._explained() from error
             if pause is not Pause.REGROUP:
                 return pause is Pause.DONE
             self._follow()
@@ -177,21 +185,26 @@ class Replica:
 
     def _prepare(self) -> Trained:
         """Everything that the steps work on; its curve is reported, so that shares can be chosen."""
-        free_bytes = self._device.read().free_bytes
+        self._free_bytes = self._device.read().free_bytes
         if self._assignment.resume:
             self._saver.recall_profiles()
         try:
             parts = build_parts(self._config, self._device.torch_device, self._assignment.data)
             profiling = Profiling(self._config, parts.model, parts.loss_fn, parts.train, self._device)
-            profiles = self._profile(profiling)
+            sizes = profiling.cached(self._saver.known_sizes)
+            sizes = sizes or sizes_to_profile(self._config, self._assignment.world_size)
+            at_once = self._may_start_at_once and profiling.cached(sizes) != sizes
+            profiles = () if at_once else self._profile(profiling, sizes)
             if self._assignment.rendezvous is None:
                 self._group.join_alone()
             else:
                 self._group.join(self._assignment.rendezvous)
-            trained = self._lay_out(parts, profiling.pool(profiles))
+            pooled = profiling.pool(profiles)
+            late = self._late_profile(profiling, profiles, sizes if at_once else ())
+            trained = self._lay_out(parts, pooled, late, first_micro_batch=min(sizes))
             self._saver.remember(profiling.known)
         except torch.OutOfMemoryError as error:
-            raise explain_shortage(self._config, self._device, free_bytes, self._assignment.data) from error
+            raise self._explained() from error
         trained.planner.start(trained.memory.budget_bytes())
         self._report_curve(trained, "start")
         return trained
@@ -208,22 +221,65 @@ class Replica:
             )
         )
 
-    def _profile(self, profiling: Profiling) -> tuple[Profile, ...]:
+    @property
+    def _may_start_at_once(self) -> bool:
+        """Whether the first step need not wait for a profile.
+
+        A newcomer measures while the others train. Shares that are chosen once, for the whole run, have to be
+        chosen by what was measured.
+        """
+        if self._config.planning.profile_first:
+            return False
+        can_change = self._config.replan.shares or self._config.planning.share == "equal"
+        return self._assignment.rendezvous is not None and (can_change or self._assignment.world_size == 1)
+
+    def _profile(self, profiling: Profiling, sizes: tuple[int, ...]) -> tuple[Profile, ...]:
         began_s = time.perf_counter()
-        profiles = profiling.profiles(
-            profiling.cached(self._saver.known_sizes) or sizes_to_profile(self._config, self._assignment.world_size),
-            lambda done, total: self._outbox.put(
-                ProfileReport(rank=self.rank, device=self._device.uuid, done=done, total=total)
-            ),
-        )
-        sizes = ", ".join(str(profile.micro_batch) for profile in profiles)
-        how = "from the cache" if profiling.num_cached == len(profiles) else "measured"
-        seconds = time.perf_counter() - began_s
-        detail = f"micro-batches of {sizes} {how} in {seconds:.1f} s{_accuracy(profiles[-1])}"
-        self._event("profile", detail, seconds=seconds)
+        profiles = profiling.profiles(sizes, self._tell_progress)
+        self._tell_profiles(profiles, time.perf_counter() - began_s, measured=profiling.num_cached < len(profiles))
         return profiles
 
-    def _lay_out(self, parts: Parts, profiles: tuple[Profile, ...]) -> Trained:
+    def _late_profile(
+        self, profiling: Profiling, profiles: tuple[Profile, ...], coming: tuple[int, ...]
+    ) -> LateProfile:
+        """What is left to measure once training has begun, and what is done with it then."""
+
+        def learn(exchanged: tuple[Profile, ...]) -> None:
+            trained = self._trained
+            assert trained is not None
+            had_some = trained.planner.has_profiles
+            trained.planner.learn(exchanged)
+            trained.parts.chain.never_inverted = trained.planner.never_inverted
+            self._saver.remember(profiling.known)
+            if had_some:
+                trained.planner.replan(trained.memory.budget_bytes(), reason="profile")
+                self._report_curve(trained, "profile")
+            else:  # the solver's follows, as soon as it is loaded
+                trained.planner.start(trained.memory.budget_bytes(), reason="profile")
+
+        return LateProfile(
+            profiling,
+            profiles,
+            coming=profiling.one_by_one(coming, self._tell_progress) if coming else None,
+            done=functools.partial(self._tell_profiles, measured=True),
+            learn=learn,
+        )
+
+    def _tell_progress(self, done: int, total: int) -> None:
+        self._outbox.put(ProfileReport(rank=self.rank, device=self._device.uuid, done=done, total=total))
+
+    def _tell_profiles(self, profiles: tuple[Profile, ...], seconds: float, *, measured: bool) -> None:
+        sizes = ", ".join(str(profile.micro_batch) for profile in profiles)
+        how = "measured" if measured else "from the cache"
+        detail = f"micro-batches of {sizes} {how} in {seconds:.1f} s{_accuracy(profiles[-1])}"
+        self._event("profile", detail, seconds=seconds)
+
+    def _explained(self) -> UsageError:
+        return explain_shortage(self._config, self._device, self._free_bytes, self._assignment.data)
+
+    def _lay_out(
+        self, parts: Parts, profiles: tuple[Profile, ...], late: LateProfile, *, first_micro_batch: int
+    ) -> Trained:
         """Everything whose memory no plan changes, in place, and the planner for the rest."""
         optimizer = build_optimizer(self._config.optimizer, parts.trainable)
         replicated = Replicated(parts.model, parts.loss_fn, self._config.precision)
@@ -243,6 +299,8 @@ class Replica:
             device_name=self._device.name,
             fixed_bytes=fixed_bytes,
             step_peak_bytes=between_bytes,
+            options=parts.chain.options(),
+            first_micro_batch=first_micro_batch,
         )
         parts.chain.never_inverted = planner.never_inverted
         return Trained(
@@ -254,6 +312,7 @@ class Replica:
             optimizer=optimizer,
             planner=planner,
             memory=MemoryView(self._config, self._device, fixed_bytes=fixed_bytes),
+            late_profile=late,
         )
 
     def _watch(self, trained: Trained, loop: Loop) -> MemoryWatch:
@@ -272,7 +331,7 @@ class Replica:
             need_bytes=lambda: loop.need_bytes,
             replanned=replanned,
             lost=lost,
-            has_begun=lambda: bool(loop.reports),
+            has_begun=lambda: bool(loop.reports) and trained.planner.has_profiles,
         )
 
     def _score(self, trained: Trained) -> Score | None:

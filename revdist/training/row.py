@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Self
+
+
+class Stage(enum.IntEnum):
+    """How far a rank is with its profile."""
+
+    KNOWN = 0
+    """It has been exchanged with the others."""
+    MEASURED = 1
+    MEASURING = 2
+    """One micro-batch size after another, between steps."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +34,8 @@ class Row:
     """Newest generation of shares this rank has received."""
     newest_group: int = 0
     """Number of the newest group ordered that this rank is ready to change to."""
+    profile_stage: int = 0
+    """How far this rank is with a profile that it started without: a `Stage`."""
     generation: int = 0
     """Generation this step ran under."""
     share: int = 0

@@ -117,7 +117,7 @@ def test_no_step_of_a_run_takes_more_than_its_plan_predicts(name: str, schedule:
     config = run_config(
         model={"factory": "small_models:classifier", "kwargs": model},
         data={"factory": "small_models:images", "kwargs": data},
-        planning={"schedule": schedule, "profile_repeats": 1, "profile_cache": False},
+        planning={"schedule": schedule, "profile_repeats": 1, "profile_cache": False, "profile_first": True},
         precision="fp32",
         micro_batch=6,
         epochs=None,

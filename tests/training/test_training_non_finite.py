@@ -66,7 +66,7 @@ def test_the_step_is_left_out_by_all_ranks_and_told_by_one(tmp_path: Path) -> No
 
 def test_statistics_do_not_keep_what_was_left_out(tmp_path: Path) -> None:
     model = {"factory": "small_models:classifier", "kwargs": {"norm": True}}
-    config, _ = poisoned("skip", model=model)
+    config, _ = poisoned("skip", model=model, micro_batch=12)
     outcome = run_replicas([config], [(12,)], tmp_path)
     assert_no_failure(outcome)
     state = outcome.state()

@@ -52,9 +52,9 @@ def largest_difference(state: dict[str, torch.Tensor], alone: dict[str, torch.Te
     )
 
 
-def in_modes(schedules: Sequence[str], **changes: Any) -> list[RunConfig]:
+def in_modes(schedules: Sequence[str], *, profile_first: bool = False, **changes: Any) -> list[RunConfig]:
     """A configuration per rank, each with its own schedule."""
-    planning = {"profile_repeats": 1, "profile_cache": False}
+    planning = {"profile_repeats": 1, "profile_cache": False, "profile_first": profile_first}
     return [run_config(planning={**planning, "schedule": schedule}, **changes) for schedule in schedules]
 
 
@@ -89,7 +89,7 @@ def test_single_precision_differs_by_rounding_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("phase", "passes"), [("forward", [2]), ("backward", [2])])
 def test_a_rank_out_of_memory_loses_no_step_and_no_sample(phase: str, passes: list[int], tmp_path: Path) -> None:
     model = {"factory": "small_models:short_of_memory", "kwargs": {"rank": 1, "passes": passes, "phase": phase}}
-    configs = in_modes(["auto", "auto"], model=model, steps=4, epochs=None)
+    configs = in_modes(["auto", "auto"], profile_first=True, model=model, steps=4, epochs=None)
     outcome = run_replicas(configs, [(6, 6)], tmp_path)
     assert_no_failure(outcome)
     shortages = [event for event in outcome.of_kind(EventReport) if event.kind == "out-of-memory"]

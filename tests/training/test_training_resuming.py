@@ -41,7 +41,7 @@ def test_a_run_moves_from_one_replica_to_three_and_to_two(tmp_path: Path) -> Non
 
 
 def test_a_known_device_is_not_measured_again_on_another_machine(tmp_path: Path) -> None:
-    config = run_config(steps=4, epochs=None, planning={"profile_repeats": 1, "profile_cache": True})
+    config = run_config(steps=4, epochs=None, planning={"profile_repeats": 1, "profile_first": True})
     here, there = ({"REVDIST_CACHE_DIR": str(tmp_path / name)} for name in ("here", "there"))
     before = run_replicas([config] * 2, [(9, 3)], tmp_path, stop_after=1, environment=here)
     # Alone it has another share, for which it would choose other micro-batches to measure.
@@ -58,7 +58,8 @@ def test_a_known_device_is_not_measured_again_on_another_machine(tmp_path: Path)
 
 @pytest.mark.parametrize("when", [{"every_steps": 1}, {"every_s": 1e-6}])
 def test_a_checkpoint_holds_what_the_run_was(when: dict[str, float], tmp_path: Path) -> None:
-    config = run_config(steps=3, epochs=None, checkpoint={**when, "keep": 2})
+    planning = {"profile_repeats": 1, "profile_cache": False, "profile_first": True}
+    config = run_config(steps=3, epochs=None, checkpoint={**when, "keep": 2}, planning=planning)
     outcome = run_replicas([config] * 2, [(9, 3), (2, 10)], tmp_path)
     assert_no_failure(outcome)
     assert [event.facts["saved_step"] for event in events(outcome, "checkpoint")] == [1, 2, 3]
