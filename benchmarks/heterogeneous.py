@@ -37,11 +37,12 @@ METHOD = (
     "others stopped with all their processes, so that what is compared ran within seconds. A turn's throughput is that "
     "of the steps that began and ended in it; ratios are taken within a round, tables show medians over rounds, and "
     "means where memory changes. A virtual machine's host slows each core down by up to a third for seconds at a time, "
-    "and two devices together wait for the slower one: hence also ratios of the upper quartiles over rounds. Plain DDP is written by hand: autograd as usual, equal shares, one "
-    "micro-batch size that fits both devices at their worst. Proportional: the same with shares by what each device "
-    "does alone, and for each rank the largest micro-batch that fits. Alone: revdist on one device with half the "
-    "batch, the other idle. Apart: two hand-written trainings at once that exchange nothing, over the sum of each with "
-    "the machine to itself: what the cores lose by sharing caches and memory, whoever trains on them."
+    "and two devices together wait for the slower one: hence also ratios of the upper quartiles over rounds. Plain DDP "
+    "is written by hand: autograd as usual, equal shares, one micro-batch size that fits both devices at their worst. "
+    "Proportional: the same with shares by what each device does alone, and for each rank the largest micro-batch that "
+    "fits. Alone: revdist on one device with half the batch, the other idle. Apart: two hand-written trainings at once "
+    "that exchange nothing, over the sum of each with the machine to itself: what the cores lose by sharing caches and "
+    "memory, whoever trains on them."
 )
 
 

@@ -120,11 +120,16 @@ class ShareKeeper:
         return all(member in self._inverted for member in self._members)
 
     @property
+    def _all_measured(self) -> bool:
+        """Whether there are times to compare: a model that was never seen starts without."""
+        return all(self._curves[member].step_s(1) > 0 for member in self._members)
+
+    @property
     def _may_change(self) -> bool:
         return self._config.replan.shares and self._config.planning.share == "auto" and len(self._members) > 1
 
     def _best(self) -> tuple[int, ...]:
-        if self._config.planning.share == "equal":
+        if self._config.planning.share == "equal" or not self._all_measured:
             return self._equal()
         return split(self._corrected(), self._config.global_batch)
 

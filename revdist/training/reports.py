@@ -161,9 +161,10 @@ Report = (
 )
 
 
-PATIENT = (StepReport, LogReport)
+_PATIENT = (StepReport, ProfileReport, LogReport)
 """Reports that may wait a little for others: read one by one, those of fast steps would slow the steps down."""
 _GATHER_S = 0.2
+"""How long they may."""
 
 
 @final
@@ -183,7 +184,7 @@ class Outbox:
         with self._changed:
             self._latest[type(report)] = report
             self._last += 1
-            due_s = time.monotonic() + (_GATHER_S if isinstance(report, PATIENT) else 0.0)
+            due_s = time.monotonic() + (_GATHER_S if isinstance(report, _PATIENT) else 0.0)
             self._reports.append((self._last, due_s, report))
             if due_s < self._due_s:
                 self._due_s = due_s

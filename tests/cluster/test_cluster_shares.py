@@ -69,6 +69,13 @@ def test_shares_that_may_not_change_are_right_from_the_start() -> None:
     assert (kept.shares.generation, kept.shares.by_rank) == (0, (40, 20))
 
 
+def test_a_group_that_forms_before_there_is_a_profile_has_equal_shares() -> None:
+    kept = keeper()
+    for rank, seconds in ((0, 0.0), (1, 0.0), (2, 0.01)):
+        kept.take_curve(rank, report(rank, seconds))
+    assert kept.regroup((1, 2), reason="share").by_rank == (30, 30)
+
+
 def test_equal_shares_can_be_asked_for() -> None:
     kept = started(0.01, 0.02, planning={"share": "equal"})
     assert kept.shares is not None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from revdist.devices import open_device
+from revdist.devices import host, open_device
 from revdist.devices.allocator import load_allocator
 from revdist.devices.cpu import CpuDevice
 from revdist.errors import DeviceError
@@ -96,6 +96,58 @@ def test_a_device_filled_to_zero_goes_on(device: CpuDevice) -> None:
         assert device.read().free_bytes == 0
         held.clear()
         assert device.read().free_bytes == 64 * MIB
+
+
+def test_freed_blocks_are_used_again_and_count_as_free(device: CpuDevice) -> None:
+    """Given back to the system they would cost a page fault for every 4 KiB when they come back."""
+    kept_bytes = load_allocator().kept_bytes
+    tensor = mebibytes(8)
+    address = tensor.data_ptr()
+    del tensor
+    assert kept_bytes() == 8 * MIB
+    assert device.meter().allocated_bytes() == 0
+    assert device.read().free_bytes == 64 * MIB
+    again = mebibytes(8)
+    assert again.data_ptr() == address
+    assert kept_bytes() == 0
+    del again
+    device.deactivate()
+    assert kept_bytes() == 0
+
+
+def test_no_more_is_kept_than_a_quarter_beyond_what_was_needed_at_once(device: CpuDevice) -> None:
+    kept_bytes = load_allocator().kept_bytes
+    most = needed = 0
+    for size in (4, 1, 6, 3, 16, 2, 5, 24, 7, 1):
+        tensor = mebibytes(size)
+        most = max(most, device.meter().allocated_bytes() + kept_bytes())
+        needed = max(needed, size * MIB)
+        del tensor
+    # Blocks of an earlier test in this process may have been larger.
+    assert most <= max(needed, 64 * MIB) * 1.25
+    assert kept_bytes() > 0
+
+
+def test_small_blocks_are_left_to_malloc(device: CpuDevice) -> None:
+    torch.empty(16 * 1024, dtype=torch.uint8)
+    assert load_allocator().kept_bytes() == 0
+
+
+def test_what_the_process_keeps_is_free_to_it_where_the_host_is_short(
+    device: CpuDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "host_memory", lambda: (64 * MIB, 10 * MIB))
+    mebibytes(8)
+    assert device.read().free_bytes == 18 * MIB
+
+
+def test_a_profiler_sees_kept_blocks_come_and_go(device: CpuDevice) -> None:
+    mebibytes(8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        tensor = mebibytes(8)
+        del tensor
+    changes = [event.cpu_memory_usage for event in profile.key_averages() if event.key == "aten::empty"]
+    assert changes == [8 * MIB]
 
 
 def test_memory_from_before_is_freed_without_being_charged(ledger_device: MakeDevice) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from revdist.training.agreement import mean_loss, must_redo, must_stop, next_generation
 from revdist.training.orders import Inbox, Shares
-from revdist.training.reports import Outbox, ProfileReport
+from revdist.training.reports import EventReport, Outbox, ProfileReport, StepReport
 from revdist.training.row import Row
 
 
@@ -20,6 +20,12 @@ def shares(generation: int) -> Shares:
 
 def report(number: int) -> ProfileReport:
     return ProfileReport(rank=0, device="CPU-1", done=number, total=9)
+
+
+def step_report(step: int) -> StepReport:
+    return StepReport(
+        time=0.0, group=0, step=step, epoch=0, samples=0, loss=0.0, lr=0.1, step_s=0.1, pause_s=0.0, rows=()
+    )
 
 
 @given(st.integers(0, 2**53), st.booleans(), st.floats(0, 1e9), st.integers(0, 2**40))
@@ -69,6 +75,22 @@ def test_reports_are_kept_until_they_are_acknowledged() -> None:
     assert outbox.read(0, timeout_s=0) == (last, reports), "a reader that comes anew misses none"
     outbox.put(report(3))
     assert outbox.read(last, timeout_s=0)[1] == [report(3)]
+
+
+def test_reports_of_steps_come_together_unless_another_is_urgent() -> None:
+    """Read one by one, those of fast steps would wake the process that trains at every step."""
+    outbox = Outbox()
+    for step in (1, 2):
+        outbox.put(step_report(step))
+    threading.Timer(0.05, lambda: outbox.put(step_report(3))).start()
+    last, reports = outbox.read(0, timeout_s=10)
+    assert reports == [step_report(1), step_report(2), step_report(3)]
+    outbox.put(step_report(4))
+    outbox.put(event := EventReport(time=0.0, step=4, rank=0, device="CPU-1", kind="lost", detail=""))
+    threading.Timer(0.1, lambda: outbox.put(step_report(6))).start()
+    last, reports = outbox.read(last, timeout_s=10)
+    assert reports == [step_report(4), event]
+    assert outbox.read(last, timeout_s=10)[1] == [step_report(6)]
 
 
 def test_a_reader_waits_for_the_next_report_and_not_after_the_end() -> None:
