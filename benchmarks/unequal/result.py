@@ -69,8 +69,7 @@ class Finding:
         return self._quartiles(value)[2]
 
     def calm_of_sum(self, way: str) -> float:
-        alone = (lambda each: each.alone[0].samples_per_s, lambda each: each.alone[1].samples_per_s)
-        return self.calm(lambda each: each.speed(way)) / sum(self.calm(one) for one in alone)
+        return self.calm(lambda each: each.speed(way)) / self._calm_sum(lambda each: each.alone)
 
     @property
     def calm_of_plain(self) -> float:
@@ -78,8 +77,10 @@ class Finding:
 
     @property
     def calm_apart(self) -> float:
-        alone = (lambda each: each.by_hand_alone[0].samples_per_s, lambda each: each.by_hand_alone[1].samples_per_s)
-        return self.calm(lambda each: each.apart.samples_per_s) / sum(self.calm(one) for one in alone)
+        return self.calm(lambda each: each.speed("apart")) / self._calm_sum(lambda each: each.by_hand_alone)
+
+    def _calm_sum(self, pair: Callable[[Round], tuple[Turn, Turn]]) -> float:
+        return sum(self.calm(lambda each, rank=rank: pair(each)[rank].samples_per_s) for rank in (0, 1))  # type: ignore[misc]
 
     def _quartiles(self, value: Callable[[Round], float]) -> list[float]:
         values = sorted(value(each) for each in self.rounds)

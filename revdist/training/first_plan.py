@@ -41,11 +41,15 @@ def unprofiled_curve(
 
     options: the modes of each operator. exact: nothing may be inverted.
     """
-    preferred = [mode for mode in _THRIFTIEST if not (exact and mode is Mode.INVERT)]
-    modes = [next((mode for mode in preferred if mode in offered), offered[0]) for offered in options]
-    schedule = Schedule(modes=tuple(modes), need_bytes=budget_bytes)
+    schedule = Schedule(modes=thriftiest_modes(options, exact=exact), need_bytes=budget_bytes)
     cut = Cut(micro_batch=micro_batch, micro_batch_s=0.0, sample_s=0.0, schedule=schedule)
     return StepTimeCurve(max_share=max_share, cuts=(cut,), budget_bytes=budget_bytes)
+
+
+def thriftiest_modes(options: Sequence[tuple[Mode, ...]], *, exact: bool = False) -> tuple[Mode, ...]:
+    """Per operator the mode that holds least on the device, as far as can be said without a profile."""
+    preferred = [mode for mode in _THRIFTIEST if not (exact and mode is Mode.INVERT)]
+    return tuple(next((mode for mode in preferred if mode in offered), offered[0]) for offered in options)
 
 
 def _choose(profile: Profile, preference: Callable[[Option], float]) -> Schedule:

@@ -42,20 +42,21 @@ class LateProfile:
         self._seconds = 0.0
         self.stage = Stage.KNOWN if coming is None else Stage.MEASURING
 
-    def advance(self, rows: Sequence[Row]) -> bool:
-        """Go on after a step that all ranks took; whether anything was done.
+    def is_due(self, rows: Sequence[Row]) -> bool:
+        """Whether there is something to do after a step that all ranks took."""
+        return self._coming is not None or must_pool(rows)
+
+    def advance(self) -> None:
+        """Measure the next size or, where all are measured, exchange them with the other ranks.
 
         Raises torch.OutOfMemoryError where not even one sample can be measured, and what a broken group raises:
         then all exchange again after a later step.
         """
         if self._coming is not None:
             self._measure(self._coming)
-            return True
-        if not must_pool(rows):
-            return False
-        self._learn(self._profiling.pool(self._own))
-        self.stage = Stage.KNOWN
-        return True
+        else:
+            self._learn(self._profiling.pool(self._own))
+            self.stage = Stage.KNOWN
 
     def _measure(self, coming: Iterator[tuple[Profile, bool]]) -> None:
         began_s = time.perf_counter()

@@ -156,11 +156,13 @@ class Loop:
 
     def _learn(self, rows: Sequence[Row]) -> None:
         """Measure on, where training began without a profile."""
+        if not self._t.late_profile.is_due(rows):
+            return
         began_s = time.perf_counter()
         with self._local.undisturbed():
-            if self._t.late_profile.advance(rows):
-                self._meter.reset_peak()
-                self._pause_s += time.perf_counter() - began_s
+            self._t.late_profile.advance()
+        self._meter.reset_peak()
+        self._pause_s += time.perf_counter() - began_s
 
     @property
     def _checkpoint_is_due(self) -> bool:

@@ -38,6 +38,7 @@ class Profiling:
         self._summed = SummedLoss(model, loss_fn, config.precision)
         self._dataset = dataset
         self._device = device
+        self._read: dict[str, Profile] = {}
         self.num_cached = 0
         """Profiles that came from the cache."""
         self.known: tuple[Profile, ...] = ()
@@ -69,7 +70,7 @@ class Profiling:
         if not self._config.planning.profile_cache:
             return ()
         sample = self._batch(1)
-        return tuple(size for size in sizes if load_profile(self._key(sample, size)) is not None)
+        return tuple(size for size in sizes if self._load(self._key(sample, size)) is not None)
 
     def pool(self, own: Sequence[Profile]) -> tuple[Profile, ...]:
         """Own profiles, pooled with those of all ranks on devices of the same type; every rank calls this.
@@ -98,12 +99,18 @@ class Profiling:
     def _get(self, micro_batch: int, progress: Progress) -> Profile:
         batch = self._batch(micro_batch)
         key = self._key(batch, micro_batch)
-        cached = load_profile(key) if self._config.planning.profile_cache else None
+        cached = self._load(key)
         if cached is not None:
             self.num_cached += 1
             return dataclasses.replace(cached, device=self._device.uuid)
         measured = self._measure(batch, micro_batch, progress)
         return dataclasses.replace(measured, micro_batch=micro_batch, device=self._device.uuid, key=key)
+
+    def _load(self, key: str) -> Profile | None:
+        """The profile in the cache, read once; none where the configuration does without."""
+        if self._config.planning.profile_cache and key not in self._read and (found := load_profile(key)) is not None:
+            self._read[key] = found
+        return self._read.get(key)
 
     def _measure(self, batch: tuple[Any, Any], micro_batch: int, progress: Progress) -> Profile:
         inputs, target = batch

@@ -191,9 +191,9 @@ class Replica:
         try:
             parts = build_parts(self._config, self._device.torch_device, self._assignment.data)
             profiling = Profiling(self._config, parts.model, parts.loss_fn, parts.train, self._device)
-            sizes = profiling.cached(self._saver.known_sizes)
-            sizes = sizes or sizes_to_profile(self._config, self._assignment.world_size)
-            at_once = self._may_start_at_once and profiling.cached(sizes) != sizes
+            known = profiling.cached(self._saver.known_sizes)
+            sizes = known or sizes_to_profile(self._config, self._assignment.world_size)
+            at_once = self._may_start_at_once and not known and profiling.cached(sizes) != sizes
             profiles = () if at_once else self._profile(profiling, sizes)
             if self._assignment.rendezvous is None:
                 self._group.join_alone()

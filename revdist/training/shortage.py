@@ -13,8 +13,8 @@ from revdist.devices.cpu import CpuDevice
 from revdist.devices.device import Device
 from revdist.devices.host import host_memory
 from revdist.errors import BudgetTooSmall, UsageError
-from revdist.planning.costs import Mode
 from revdist.training.data import fetch
+from revdist.training.first_plan import thriftiest_modes
 from revdist.training.optimizer import coming_state_bytes
 from revdist.training.parts import Parts, build_parts
 from revdist.training.replicated import SummedLoss, move_batch
@@ -53,8 +53,7 @@ def _measure_smallest(config: RunConfig, data: tuple[Any, Any] | None) -> int:
 
 
 def _run_smallest(config: RunConfig, parts: Parts) -> None:
-    thriftiest = (Mode.INVERT, Mode.RECOMPUTE, Mode.SAVE)
-    parts.chain.set_schedule([next(m for m in thriftiest if m in modes) for modes in parts.chain.options()])
+    parts.chain.set_schedule(thriftiest_modes(parts.chain.options()))
     batch = fetch(parts.train, np.arange(config.micro_batch or 1) % len(parts.train))
     loss = SummedLoss(parts.model, parts.loss_fn, config.precision)
     with torch.enable_grad():
