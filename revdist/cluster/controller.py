@@ -189,8 +189,8 @@ class Controller:
         devices = self._mender.take_step(report)
         if devices is not None:
             self._observer.on_regroup(devices)
-        members = self._groups.members_of(report.group)
-        self._last = step_record(report, [self._plans[member] for member in members])
+        seats = self._groups.seats(report.group, len(report.rows))
+        self._last = step_record(report, [[] if member is None else self._plans[member] for member in seats])
         self._writer.metrics(self._last)
         self._samples += sum(row.samples for row in report.rows)
         self._train_s += report.step_s
@@ -323,7 +323,8 @@ class Controller:
         restarts, error = self._mender.restarts + 1, self._error()
         allowed = self._config.workers.max_restarts
         self._mender.give_up(then="all start again")
-        detail = f"no replica is left: all start again from {source}, restart {restarts} of {allowed}"
+        why = "a replica was lost before the first step" if self._origin is None else "no replica is left"
+        detail = f"{why}: all start again from {source}, restart {restarts} of {allowed}"
         self._event(run_event("restart", self._step, detail))
         over = self._step
         try:
@@ -339,12 +340,16 @@ class Controller:
 
     @property
     def _may_restart(self) -> bool:
-        """Whether replicas are lost, rather than their work impossible, and none is left that could go on."""
+        """Whether replicas are lost, rather than their work impossible, and none is left that could go on.
+
+        Before the first step the processes must be: a device that is out of order by then stays so.
+        """
+        failures = self._mender.failures.values()
         return (
-            self._origin is not None
-            and self._stop_by_s is None
+            self._stop_by_s is None
             and self._mender.restarts < self._config.workers.max_restarts
-            and all(is_loss(failure) for failure in self._mender.failures.values())
+            and all(is_loss(failure) for failure in failures)
+            and (self._origin is not None or any(isinstance(failure, Lost) for failure in failures))
             and not (self.started and self._mender.holding)
         )
 

@@ -21,6 +21,10 @@ def new_prefix() -> str:
     return f"revdist-{uuid.uuid4().hex[:12]}"
 
 
+Seats = tuple[int | None, ...]
+"""The member at each rank; None: one that was lost before this supervisor could know it."""
+
+
 @final
 class Groups:
     """The groups of one run."""
@@ -28,14 +32,14 @@ class Groups:
     def __init__(self, prefix: str) -> None:
         """prefix: see `new_prefix`."""
         self._prefix = prefix
-        self._formed: list[tuple[int, ...]] = []
+        self._formed: list[Seats] = []
         self._entered = 0
 
     @classmethod
-    def taken_over(cls, prefix: str, number: int, members: Sequence[int]) -> Self:
+    def taken_over(cls, prefix: str, number: int, seats: Seats) -> Self:
         """Groups of a run that another supervisor led to group `number`. prefix: another than the one it used."""
         groups = cls(prefix)
-        groups._formed = [tuple(members)] * (number + 1)
+        groups._formed = [()] * number + [seats]
         groups._entered = number
         return groups
 
@@ -47,21 +51,22 @@ class Groups:
     @property
     def members(self) -> tuple[int, ...]:
         """Members of the newest group ordered, in rank order."""
-        return self._formed[-1]
+        return _known(self._formed[-1])
 
     @property
     def working(self) -> tuple[int, ...]:
         """Members of the newest group that has taken a step, or of the first: they hold the state of training."""
-        return self._formed[self._entered]
+        return _known(self._formed[self._entered])
 
     @property
     def pending(self) -> bool:
         """Whether the newest group has not taken a step yet."""
         return self._entered < self.number
 
-    def members_of(self, number: int) -> tuple[int, ...]:
-        """Members of a group, in rank order."""
-        return self._formed[number]
+    def seats(self, number: int, world_size: int) -> Seats:
+        """Who had which rank in a group of so many."""
+        known = self._formed[number]
+        return known + (None,) * (world_size - len(known))
 
     def rank_of(self, member: int) -> int:
         """Rank of a member in the newest group that it was in; -1 where it never was in one."""
@@ -105,3 +110,7 @@ class Groups:
             member: Regroup(number=self.number, rendezvous=meeting, shares=shares, orderly=orderly)
             for member, meeting in zip(members, meetings, strict=True)
         }
+
+
+def _known(seats: Seats) -> tuple[int, ...]:
+    return tuple(member for member in seats if member is not None)

@@ -50,12 +50,13 @@ class Restarter:
     def source(self, origin: int | None) -> str | None:
         """What the run can start again from; None: there is nothing, and it must not.
 
-        origin: the step at which it began. One that went on from a checkpoint does not begin from nothing.
+        origin: the step at which it began; None: it has not. One that went on from a checkpoint does not begin from
+        nothing.
         """
         found = checkpoints(self._checkpoint_folder)
         if found:
             return found[-1].name
-        return "the beginning, since there is no checkpoint yet" if origin == 0 else None
+        return "the beginning, since there is no checkpoint yet" if origin in (None, 0) else None
 
     def restart(self, fleet: Fleet) -> Crew:
         """End what is left of the fleet and fill it anew.

@@ -49,7 +49,7 @@ class ShareKeeper:
             return None
         if self.shares is None:
             return self._publish(self._equal() if self._may_change else self._best(), reason="start")
-        if not self._may_change or not self._all_solved:
+        if not self._may_change or not self._all_solved or not self._all_measured:
             return None
         best, now = self._best(), self.shares.by_rank
         gain = 1 - slowest_s(self._corrected(), best) / slowest_s(self._corrected(), now)
@@ -121,7 +121,8 @@ class ShareKeeper:
 
     @property
     def _all_measured(self) -> bool:
-        """Whether there are times to compare: a model that was never seen starts without."""
+        """Whether there are times to compare: a model that was never seen starts without, and one may be too small
+        to be timed."""
         return all(self._curves[member].step_s(1) > 0 for member in self._members)
 
     @property

@@ -44,11 +44,11 @@ def find(run_id: str, *, threads: int) -> Crew | None:
     fleet = Fleet((), threads=threads, run_id=run_id)
     fleet.take_over({member: actors[member] for member in standings}, next_member=max(actors) + 1)
     newest = max(standing.group for standing in standings.values())
-    group = [member for member, standing in standings.items() if standing.group == newest]
-    group.sort(key=lambda member: standings[member].rank)
+    by_rank = {standing.rank: member for member, standing in standings.items() if standing.group == newest}
+    world_size = max(standings[member].world_size for member in by_rank.values())
     return Crew(
         fleet=fleet,
-        groups=Groups.taken_over(new_prefix(), newest, group),
+        groups=Groups.taken_over(new_prefix(), newest, tuple(by_rank.get(rank) for rank in range(world_size))),
         locations={member: standing.location for member, standing in standings.items()},
         places={member: standing.place for member, standing in standings.items()},
         standings=standings,

@@ -32,12 +32,15 @@ class Line:
         return max(0, low - (low - high) * self.steps // self.span)
 
     def seconds(self, low: float, high: float) -> float:
-        """Seconds on the line, and below the smaller profile no less than in proportion to it.
+        """Seconds on the line; below the smaller profile no less than in proportion to it, and beyond the larger
+        one no less than it takes.
 
         Times that grow faster than the batch, for noise or for caches, would else make the smallest
-        micro-batches cost nothing.
+        micro-batches cost nothing, and times that fall with it, for noise alone, the largest.
         """
         on_line = max(0.0, low + (high - low) * (self.steps / self.span))
+        if self.steps > self.span:
+            return max(on_line, high)
         if self.steps >= 0:
             return on_line
         return max(on_line, low * (self.low_size + self.steps) / self.low_size)

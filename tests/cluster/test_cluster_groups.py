@@ -47,10 +47,21 @@ def test_an_order_names_the_next_group_and_members_keep_their_numbers() -> None:
 
 
 def test_another_supervisor_counts_on() -> None:
-    groups = Groups.taken_over("again", 6, [4, 2])
+    groups = Groups.taken_over("again", 6, (4, 2))
     assert (groups.number, groups.members, groups.pending) == (6, (4, 2), False)
     order = groups.order([4], HERE[:1], SHARES, orderly=False)[4]
     assert (order.number, order.rendezvous.prefix) == (7, "again/7")
+
+
+def test_another_supervisor_leaves_the_ranks_of_lost_members_empty() -> None:
+    """Steps that the first one had not heard of are reported by rank, the lost ones included."""
+    groups = Groups.taken_over("again", 1, (None, 4, None, 2))
+    assert groups.members == groups.working == (4, 2)
+    assert [groups.rank_of(member) for member in (4, 2, 0)] == [1, 3, -1]
+    assert groups.seats(1, 4) == (None, 4, None, 2)
+    assert groups.seats(0, 3) == (None, None, None)
+    groups.order([4, 2], HERE[:2], SHARES, orderly=False)
+    assert groups.seats(2, 2) == (4, 2)
 
 
 def order(number: int, generation: int, *, orderly: bool) -> Regroup:

@@ -76,6 +76,14 @@ def test_a_group_that_forms_before_there_is_a_profile_has_equal_shares() -> None
     assert kept.regroup((1, 2), reason="share").by_rank == (30, 30)
 
 
+def test_a_model_too_small_to_be_timed_keeps_equal_shares() -> None:
+    kept = started(0.0, 0.0)
+    assert kept.shares is not None
+    assert kept.shares.by_rank == (30, 30)
+    assert kept.take_curve(1, report(1, 0.0, "memory-lost")) is None
+    assert kept.take_curve(1, report(1, 0.01, "memory-lost")) is None
+
+
 def test_equal_shares_can_be_asked_for() -> None:
     kept = started(0.01, 0.02, planning={"share": "equal"})
     assert kept.shares is not None

@@ -115,6 +115,33 @@ def test_restarts_that_are_used_up_end_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_replica_that_is_lost_before_the_first_step_lets_all_start_again(
+    unharmed: Unharmed, tmp_path: Path, times: int
+) -> None:
+    dead = tmp_path / "dead"
+    dead.mkdir()
+    model = {
+        "factory": "small_models:classifier_whose_maker_dies",
+        "kwargs": {"rank": 1, "times": times, "folder": str(dead)},
+    }
+    watcher = Watcher()
+    values = {"epochs": None, "steps": STEPS, "model": model, "workers": {"max_restarts": 1}}
+    if times == 1:
+        run(tmp_path / "run", watcher, **values)
+        assert_all_was_done_again(tmp_path / "run", [int(path.name) for path in dead.iterdir()], unharmed(STEPS), STEPS)
+    else:
+        with pytest.raises(RunFailed, match=r"rank 1 .* its process was killed"):
+            run(tmp_path / "run", watcher, **values)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert len(list(dead.iterdir())) == times
+    (again,) = [event["detail"] for event in watcher.events if event["kind"] == "restart"]
+    assert again.startswith("a replica was lost before the first step: all start again from the beginning"), again
+    assert [event["kind"] for event in watcher.events].count("start") == (1 if times == 1 else 0)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_launch_says_so_and_ends_well_after_two_such_losses(unharmed: Unharmed, tmp_path: Path) -> None:
     """The second one strikes replicas that are still starting."""

@@ -213,3 +213,12 @@ def test_a_small_micro_batch_never_costs_less_than_its_proportion() -> None:
     profiles = [Profile.from_options(options, micro_batch=size, base_s=s) for size, s in ((8, 0.04), (32, 0.4))]
     assert interpolate(profiles, 2).base_s == pytest.approx(0.01)
     assert interpolate(profiles, 20).base_s == pytest.approx(0.22)
+
+
+def test_a_large_micro_batch_never_costs_less_than_the_largest_measured() -> None:
+    """A line that falls for noise would make some size cost nothing, and that would be chosen."""
+    options = [[Option(Mode.SAVE, 1, 1, 0.0), Option(Mode.INVERT, 0, 1, 0.0)]]
+    profiles = [Profile.from_options(options, micro_batch=size, base_s=s) for size, s in ((2, 0.4), (4, 0.2))]
+    assert interpolate(profiles, 8).base_s == pytest.approx(0.2)
+    curve = step_time_curve(profiles, 100, max_share=10)
+    assert all(curve.step_s(share) > 0 for share in range(1, 11))

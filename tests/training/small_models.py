@@ -193,6 +193,15 @@ def classifier_with_trouble_at_a_join(trouble: str, folder: str) -> nn.Module:
     return classifier()
 
 
+def classifier_whose_maker_dies(rank: int, times: int, folder: str) -> nn.Module:
+    """The process of one rank is killed while it makes the model, so many times; each leaves a file."""
+    deaths = len(list(Path(folder).iterdir()))
+    if int(os.environ["RANK"]) == rank and deaths < times:
+        (Path(folder) / str(os.getpid())).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return classifier()
+
+
 def poisoned_images(samples: Sequence[int], **kwargs: int) -> tuple[Images, Images]:
     """The images, of which those training samples make the loss NaN."""
     train, test = images(**kwargs)
