@@ -18,20 +18,22 @@ from revdist.cluster.crew import Crew
 from revdist.cluster.fleet import NAMESPACE, Fleet
 from revdist.cluster.groups import Groups, new_prefix
 
-ANSWER_S = 10.0
-"""A replica that has not answered by then is taken for lost."""
+_ANSWER_S = 10.0
+"""Longest wait for the first replica that answers."""
 
 
-def find(run_id: str, *, threads: int) -> Crew | None:
+def find(run_id: str, *, threads: int, heartbeat_s: float) -> Crew | None:
     """The replicas of a run that are alive in the connected cluster; None where there are none.
 
-    Those that had not joined yet, and those that do not answer, are ended.
+    Those that had not joined yet, and those that do not answer within `heartbeat_s` of the first, are ended.
     """
     actors = _actors(run_id)
     calls = {member: actor.standing.remote() for member, actor in actors.items()}
     if not calls:
         return None
-    ray.wait(list(calls.values()), num_returns=len(calls), timeout=ANSWER_S)
+    _, silent = ray.wait(list(calls.values()), num_returns=1, timeout=_ANSWER_S)
+    if silent:
+        ray.wait(silent, num_returns=len(silent), timeout=heartbeat_s)
     standings = {}
     for member, call in calls.items():
         standing = _answer(call)

@@ -182,7 +182,7 @@ class Trainer:
         from revdist.cluster.takeover import find
         from revdist.training.checkpoint_files import newest
 
-        crew = find(claim.orphans, threads=self.config.threads_per_worker)
+        crew = find(claim.orphans, threads=self.config.threads_per_worker, heartbeat_s=self.config.faults.heartbeat_s)
         if crew is None and self.resume:
             newest(self._checkpoint_folder(claim.run_dir))
         if crew is not None:
