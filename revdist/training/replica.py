@@ -100,6 +100,7 @@ class Replica:
             announce(self._assignment.rendezvous)  # before user code is called, which may ask for its rank
         self._trained = trained = self._prepare()
         self._membership = Membership(trained, self._group, self._inbox, self._outbox, rank=self.rank)
+        self._report_curve(trained, "start")  # answered by shares, or by an order to join
         self._loop = self._begin(trained, self._membership)
         if self._loop is None:
             self._outbox.put(EndReport(rank=self.rank, step=self._step, stopped=True, score=None))
@@ -184,7 +185,7 @@ class Replica:
         self._loop.enter(entry.order, step=entry.step, reports=entry.reports)
 
     def _prepare(self) -> Trained:
-        """Everything that the steps work on; its curve is reported, so that shares can be chosen."""
+        """Everything that the steps work on, with a first curve."""
         self._free_bytes = self._device.read().free_bytes
         if self._assignment.resume:
             self._saver.recall_profiles()
@@ -206,7 +207,6 @@ class Replica:
         except torch.OutOfMemoryError as error:
             raise self._explained() from error
         trained.planner.start(trained.memory.budget_bytes())
-        self._report_curve(trained, "start")
         return trained
 
     def _report_curve(self, trained: Trained, reason: str) -> None:

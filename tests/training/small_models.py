@@ -172,7 +172,7 @@ class Disconnection(nn.Module):
 
 
 def classifier_with_trouble_at_a_join(trouble: str, folder: str) -> nn.Module:
-    """The classifier; when ranks connect in the background for the first time, the newcomer dies or rank 0 fails.
+    """The classifier; the newcomer dies when it first connects, or rank 0 fails when it does so in the background.
 
     trouble: `death` or `failure`. folder: gets a file of that name once it has happened.
     """
@@ -181,8 +181,9 @@ def classifier_with_trouble_at_a_join(trouble: str, folder: str) -> nn.Module:
     connect, is_newcomer, mark = connections._connect, "RANK" not in os.environ, Path(folder) / trouble
 
     def connect_with_trouble(store: Any, rendezvous: Any, devices: Any) -> Any:
-        here = is_newcomer if trouble == "death" else rendezvous.rank == 0
-        if here and threading.current_thread().name == "revdist-connect" and not mark.exists():
+        in_background = threading.current_thread().name == "revdist-connect"
+        here = is_newcomer if trouble == "death" else rendezvous.rank == 0 and in_background
+        if here and not mark.exists():
             mark.touch()
             if trouble == "death":
                 os.kill(os.getpid(), signal.SIGKILL)
