@@ -342,7 +342,7 @@ class Controller:
     def _may_restart(self) -> bool:
         """Whether replicas are lost, rather than their work impossible, and none is left that could go on.
 
-        Before the first step the processes must be: a device that is out of order by then stays so.
+        Before the first step a process must be lost: a device that is out of order by then stays so.
         """
         failures = self._mender.failures.values()
         return (

@@ -114,31 +114,40 @@ def test_restarts_that_are_used_up_end_the_run(tmp_path: Path) -> None:
     assert [event["kind"] for event in RunReader(tmp_path / "run").events()][-1] == "failed"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_replica_that_is_lost_before_the_first_step_lets_all_start_again(
-    unharmed: Unharmed, tmp_path: Path, times: int
-) -> None:
-    dead = tmp_path / "dead"
+def dying_while_it_loads(dead: Path, *, times: int) -> dict[str, Any]:
+    """A run that may start again once; so many processes of rank 1 die before the first step. dead: gets their pids."""
     dead.mkdir()
-    model = {
-        "factory": "small_models:classifier_whose_maker_dies",
-        "kwargs": {"rank": 1, "times": times, "folder": str(dead)},
-    }
-    watcher = Watcher()
-    values = {"epochs": None, "steps": STEPS, "model": model, "workers": {"max_restarts": 1}}
-    if times == 1:
-        run(tmp_path / "run", watcher, **values)
-        assert_all_was_done_again(tmp_path / "run", [int(path.name) for path in dead.iterdir()], unharmed(STEPS), STEPS)
-    else:
-        with pytest.raises(RunFailed, match=r"rank 1 .* its process was killed"):
-            run(tmp_path / "run", watcher, **values)
-        assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    assert len(list(dead.iterdir())) == times
+    kwargs = {"rank": 1, "times": times, "folder": str(dead)}
+    model = {"factory": "small_models:classifier_whose_maker_dies", "kwargs": kwargs}
+    return {"epochs": None, "steps": STEPS, "model": model, "workers": {"max_restarts": 1}}
+
+
+def assert_started_again_once(watcher: Watcher) -> None:
     (again,) = [event["detail"] for event in watcher.events if event["kind"] == "restart"]
     assert again.startswith("a replica was lost before the first step: all start again from the beginning"), again
-    assert [event["kind"] for event in watcher.events].count("start") == (1 if times == 1 else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_replica_that_is_lost_before_the_first_step_lets_all_start_again(unharmed: Unharmed, tmp_path: Path) -> None:
+    watcher, dead = Watcher(), tmp_path / "dead"
+    run(tmp_path / "run", watcher, **dying_while_it_loads(dead, times=1))
+    (pid,) = [int(path.name) for path in dead.iterdir()]
+    assert_started_again_once(watcher)
+    assert [event["kind"] for event in watcher.events].count("start") == 1
+    assert_all_was_done_again(tmp_path / "run", [pid], unharmed(STEPS), STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_one_that_is_lost_before_the_first_step_each_time_ends_the_run(tmp_path: Path) -> None:
+    watcher, dead = Watcher(), tmp_path / "dead"
+    with pytest.raises(RunFailed, match=r"rank 1 .* its process was killed"):
+        run(tmp_path / "run", watcher, **dying_while_it_loads(dead, times=2))
+    assert len(list(dead.iterdir())) == 2
+    assert_started_again_once(watcher)
+    assert [event["kind"] for event in watcher.events].count("start") == 0
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
