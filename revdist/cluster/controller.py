@@ -44,6 +44,8 @@ from revdist.training.run_directory import RunReader, RunWriter
 _TICK_S = 0.1
 _GATHER_S = 2.0
 """After a failure, time for other ranks to say what they saw: the first to speak need not be the first to fail."""
+_LOADING_S = 30.0
+"""Least heartbeat before the first step: modules that are loaded may keep a process from answering for a while."""
 _SAVE_S = 120.0
 """Time for ranks to reach a step boundary and save once they are told to stop."""
 
@@ -139,8 +141,8 @@ class Controller:
 
     def _keep_whole(self) -> None:
         """See to it that there is a group that can take the next step."""
-        if self._last is not None:  # before the first step ranks may be busy loading
-            self._mender.find_silent(self._ended)
+        heartbeat_s = self._config.faults.heartbeat_s
+        self._mender.find_silent(self._ended, heartbeat_s if self._last is not None else max(heartbeat_s, _LOADING_S))
         self._mender.find_dead(self._ended)
         failed = bool(self._mender.failures)
         if failed and (not self.started or self._mender.is_beyond_mending()):

@@ -117,6 +117,7 @@ class Fleet:
         self._hearts: dict[int, _Heart] = {}
         self._next = 0
         self._looked_s = time.monotonic()
+        self._heartbeat_s = 0.0
         self._errands = Errands()
         for place in places:
             self.add(place)
@@ -197,9 +198,10 @@ class Fleet:
     def silent(self, members: Collection[int], heartbeat_s: float) -> list[int]:
         """Those members that have not answered for `heartbeat_s`. To be called several times in that time."""
         now_s = time.monotonic()
-        if now_s - self._looked_s > heartbeat_s / 2:  # this process was held up itself, and heard nobody
+        held_up = now_s - self._looked_s > heartbeat_s / 2  # this process was, itself, and heard nobody
+        if held_up or heartbeat_s != self._heartbeat_s:  # they were not asked often enough for another one
             self._hearts.clear()
-        self._looked_s = now_s
+        self._looked_s, self._heartbeat_s = now_s, heartbeat_s
         for member in list(self._hearts):
             if member not in members:
                 del self._hearts[member]

@@ -49,13 +49,18 @@ class Groups:
         return len(self._formed) - 1
 
     @property
+    def number_at_work(self) -> int:
+        """Number of the newest group that has taken a step, or of the first."""
+        return self._entered
+
+    @property
     def members(self) -> tuple[int, ...]:
         """Members of the newest group ordered, in rank order."""
         return _known(self._formed[-1])
 
     @property
     def working(self) -> tuple[int, ...]:
-        """Members of the newest group that has taken a step, or of the first: they hold the state of training."""
+        """Members of the group at work: they hold the state of training."""
         return _known(self._formed[self._entered])
 
     @property
@@ -104,10 +109,12 @@ class Groups:
     def order(
         self, members: Sequence[int], locations: Sequence[Location], shares: Shares, *, orderly: bool
     ) -> dict[int, Regroup]:
-        """Make the members the newest group; returns each one's order."""
-        meetings = self.meet(members, locations)
+        """Make the members the newest group; returns each one's order. orderly: holds for members at work."""
+        meetings, working = self.meet(members, locations), self.working
         return {
-            member: Regroup(number=self.number, rendezvous=meeting, shares=shares, orderly=orderly)
+            member: Regroup(
+                number=self.number, rendezvous=meeting, shares=shares, orderly=orderly and member in working
+            )
             for member, meeting in zip(members, meetings, strict=True)
         }
 

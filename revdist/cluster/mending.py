@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, final
 
@@ -22,6 +23,8 @@ from revdist.training.reports import BrokenReport, StepReport
 
 _SETTLE_S = 1.0
 """Beyond the heartbeat: where a group broke and nobody was found to be lost by then, nobody is."""
+_JOIN_TRIES = 2
+"""Groups that a newcomer may fail to connect to, with nobody lost, before it is let go."""
 
 
 @final
@@ -52,7 +55,12 @@ class Mender:
         self._new: dict[int, Failure] = {}
         self._lost: set[int] = set()
         self._joining: list[int] = []
+        self._failed_joins: Counter[int] = Counter()
+        """By newcomer."""
         self._broken_s: float | None = None
+        self._broke_at_work = False
+        self._is_orderly = False
+        """Whether members were ordered to train on until the newest group is connected."""
         self._step = 0
 
     @property
@@ -92,6 +100,7 @@ class Mender:
 
     def take_broken(self, report: BrokenReport) -> None:
         """A rank's group broke: if nobody turns out to be lost, the same ranks form another one."""
+        self._broke_at_work = self._broke_at_work or report.group == self._groups.number_at_work
         if report.group == self._groups.number and self._broken_s is None:
             self._broken_s = time.monotonic()
 
@@ -117,9 +126,8 @@ class Mender:
         self._event(run_event("regroup", report.step - 1, detail, **facts))
         return self._readings(now)
 
-    def find_silent(self, ended: Collection[int]) -> None:
-        """Count members that do not answer as lost."""
-        heartbeat_s = self._config.faults.heartbeat_s
+    def find_silent(self, ended: Collection[int], heartbeat_s: float) -> None:
+        """Count members that do not answer for so long as lost. ended: as `take_failure`."""
         watched = [member for member in self.left if member not in ended]
         for member in self._fleet.silent(watched, heartbeat_s):
             self.take_failure(member, Lost(member, f"it did not answer for {heartbeat_s:.1f} s"), ended=ended)
@@ -152,7 +160,9 @@ class Mender:
             self._lose(member, failure)
         settled_s = self._config.faults.heartbeat_s + _SETTLE_S
         is_broken = self._broken_s is not None and time.monotonic() - self._broken_s > settled_s
-        if self._new or is_broken:
+        if is_broken and not self._new and self._is_orderly and not self._broke_at_work:
+            self._join_again(ended)
+        elif self._new or is_broken:
             self._new.clear()
             left = [member for member in self.left if member not in ended]
             if any(member in self.holding for member in left):  # newcomers alone would begin from nothing
@@ -169,10 +179,21 @@ class Mender:
 
     def regroup(self, members: Sequence[int], *, reason: str, orderly: bool) -> None:
         """Order members to form the next group, with shares for it."""
-        self._broken_s = None
+        self._broken_s, self._broke_at_work, self._is_orderly = None, False, orderly
         shares = self._keeper.regroup(members, reason=reason)
         locations = [self._locations[member] for member in members]
         self._fleet.regroup(self._groups.order(members, locations, shares, orderly=orderly))
+
+    def _join_again(self, ended: Collection[int]) -> None:
+        """Training goes on, but the group with newcomers could not be connected: try it once more, or without them."""
+        for member in self._groups.members:
+            if member not in self._groups.working and member not in self._lost:
+                self._failed_joins[member] += 1
+                if self._failed_joins[member] >= _JOIN_TRIES:
+                    self._lost.add(member)
+                    self._recruiter.fail(member, f"it could not be connected to the others in {_JOIN_TRIES} tries")
+        left = [member for member in self.left if member not in ended]
+        self.regroup(left, reason="joined", orderly=True)
 
     def _meet(self, locations: Mapping[int, Location]) -> None:
         self._locations.update(locations)

@@ -107,15 +107,15 @@ class Recruiter:
         return member in self._newcomers
 
     def fail(self, member: int, why: str) -> None:
-        """A newcomer is of no use: try again later."""
-        newcomer = self._newcomers.pop(member)
-        self._places.pop(member, None)
-        self._lost.append(newcomer.place)
+        """A newcomer, or one that was ready but could not join, is of no use: try again later."""
+        self._newcomers.pop(member, None)
+        place = self._places.pop(member)
+        self._lost.append(place)
         self._fleet.forget(member)
         pause_s = _BACKOFF_S[min(self._failed, len(_BACKOFF_S) - 1)]
         self._failed += 1
         self._next_look_s = time.monotonic() + pause_s
-        self._tell(f"{newcomer.place.spec.name or 'a device'} on {newcomer.place.address} did not join: {why}")
+        self._tell(f"{place.spec.name or 'a device'} on {place.address} did not join: {why}")
 
     def is_ready(self, member: int) -> None:
         """A newcomer has reported its curve."""

@@ -68,7 +68,7 @@ class Regroup:
     """Those that hold in the new group."""
     orderly: bool
     """All ranks of the present group are alive and change at an agreed step boundary, once they are connected to the
-    newcomers; else it is left at once."""
+    newcomers; else it is left at once, and so is whatever a newcomer waits for in earlier ones."""
 
 
 MayWrite = Callable[[], AbstractContextManager[bool]]

@@ -114,10 +114,10 @@ def test_restarts_that_are_used_up_end_the_run(tmp_path: Path) -> None:
     assert [event["kind"] for event in RunReader(tmp_path / "run").events()][-1] == "failed"
 
 
-def dying_while_it_loads(dead: Path, *, times: int) -> dict[str, Any]:
+def dying_while_it_loads(dead: Path, *, times: int, by: str = "SIGKILL") -> dict[str, Any]:
     """A run that may start again once; so many processes of rank 1 die before the first step. dead: gets their pids."""
     dead.mkdir()
-    kwargs = {"rank": 1, "times": times, "folder": str(dead)}
+    kwargs = {"rank": 1, "times": times, "folder": str(dead), "by": by}
     model = {"factory": "small_models:classifier_whose_maker_dies", "kwargs": kwargs}
     return {"epochs": None, "steps": STEPS, "model": model, "workers": {"max_restarts": 1}}
 
@@ -128,10 +128,14 @@ def assert_started_again_once(watcher: Watcher) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_a_replica_that_is_lost_before_the_first_step_lets_all_start_again(unharmed: Unharmed, tmp_path: Path) -> None:
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGSTOP"])
+def test_a_replica_that_is_lost_before_the_first_step_lets_all_start_again(
+    by: str, unharmed: Unharmed, tmp_path: Path
+) -> None:
+    """It is killed, or freezes: its host may be well, and Ray content."""
     watcher, dead = Watcher(), tmp_path / "dead"
-    run(tmp_path / "run", watcher, **dying_while_it_loads(dead, times=1))
+    run(tmp_path / "run", watcher, **dying_while_it_loads(dead, times=1, by=by))
     (pid,) = [int(path.name) for path in dead.iterdir()]
     assert_started_again_once(watcher)
     assert [event["kind"] for event in watcher.events].count("start") == 1

@@ -94,6 +94,34 @@ def test_a_join_that_goes_wrong_while_it_is_prepared_costs_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_newcomer_that_never_connects_is_let_go_while_the_others_train(
+    unharmed: Unharmed, tmp_path: Path
+) -> None:
+    steps = 1500
+    harm = Harm(20, signals("cpu-1"))
+    result = run(
+        tmp_path / "run",
+        harm,
+        epochs=None,
+        steps=steps,
+        model={
+            "factory": "small_models:classifier_with_trouble_at_a_join",
+            "kwargs": {"trouble": "deaf", "folder": str(tmp_path)},
+        },
+        data={"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}},
+        faults={"heartbeat_s": 1},
+        workers={"max_restarts": 1},
+    )
+    assert (tmp_path / "deaf").read_text() == "xx"
+    assert harm.groups == [["cpu-0", "cpu-2"]] * 2
+    assert "did not join: it could not be connected to the others in 2 tries" in harm.kinds("lost")[1]["detail"]
+    after_the_loss, after_the_tries = [event["step"] for event in harm.kinds("regroup")]
+    assert after_the_tries > after_the_loss + 50  # about three seconds a try, in which the others trained
+    assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
+
+
+@pytest.mark.slow
 def test_a_broken_connection_between_living_ranks_is_mended(unharmed: Unharmed, tmp_path: Path) -> None:
     """Nobody is lost and the shares stay: the result is the same to the bit."""
     common = {"epochs": None, "steps": 30, "planning": {"share": "equal", "profile_cache": False}}

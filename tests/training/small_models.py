@@ -174,7 +174,8 @@ class Disconnection(nn.Module):
 def classifier_with_trouble_at_a_join(trouble: str, folder: str) -> nn.Module:
     """The classifier; the newcomer dies when it first connects, or rank 0 fails when it does so in the background.
 
-    trouble: `death` or `failure`. folder: gets a file of that name once it has happened.
+    trouble: `death` or `failure`, or `deaf`: no newcomer ever connects. folder: gets a file of that name, with a
+    letter for each time that it has happened.
     """
     from revdist.training import connections
 
@@ -182,9 +183,10 @@ def classifier_with_trouble_at_a_join(trouble: str, folder: str) -> nn.Module:
 
     def connect_with_trouble(store: Any, rendezvous: Any, devices: Any) -> Any:
         in_background = threading.current_thread().name == "revdist-connect"
-        here = is_newcomer if trouble == "death" else rendezvous.rank == 0 and in_background
-        if here and not mark.exists():
-            mark.touch()
+        here = rendezvous.rank == 0 and in_background if trouble == "failure" else is_newcomer
+        if here and (trouble == "deaf" or not mark.exists()):
+            with mark.open("a") as file:
+                file.write("x")
             if trouble == "death":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("gloo/ no connection, for a test")
@@ -194,12 +196,12 @@ def classifier_with_trouble_at_a_join(trouble: str, folder: str) -> nn.Module:
     return classifier()
 
 
-def classifier_whose_maker_dies(rank: int, times: int, folder: str) -> nn.Module:
-    """The process of one rank is killed while it makes the model, so many times; each leaves a file."""
+def classifier_whose_maker_dies(rank: int, times: int, folder: str, by: str = "SIGKILL") -> nn.Module:
+    """The process of one rank is killed, or stopped, while it makes the model, so many times; each leaves a file."""
     deaths = len(list(Path(folder).iterdir()))
     if int(os.environ["RANK"]) == rank and deaths < times:
         (Path(folder) / str(os.getpid())).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[by])
     return classifier()
 
 
