@@ -294,7 +294,7 @@ class Fleet:
             self._hearts[member].heard_s = time.monotonic()
 
     def _listen(self, now_s: float, *, every_s: float) -> None:
-        """Take the answers that have come, and ask again where the last question is a while ago."""
+        """Take the answers that have come, and ask who has been neither asked nor heard for a while."""
         questions = {heart.question: heart for heart in self._hearts.values() if heart.question is not None}
         answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=0) if questions else ([], [])
         for question in answered:
@@ -304,7 +304,7 @@ class Fleet:
                 ray.get(question)
                 heart.heard_s = max(heart.heard_s, now_s)
         for member, heart in self._hearts.items():
-            if heart.question is None and now_s - heart.asked_s >= every_s:
+            if heart.question is None and now_s - max(heart.asked_s, heart.heard_s) >= every_s:
                 heart.asked_s, heart.question = now_s, self._actors[member].answer.remote()
 
 
