@@ -1,12 +1,11 @@
 """The Ray actor of one device: hosts a replica, passes orders in and reports out while it trains.
 
 Importing this module loads neither torch nor what a replica needs: an actor answers as soon as its
-process is there, and loads the rest beside that.
+process is there, and loads the rest in the thread that trains.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import socket
@@ -87,7 +86,7 @@ class ReplicaActor:
     def __init__(
         self, place: Place, environment: Mapping[str, str], paths: Sequence[str], orphan_s: float | None
     ) -> None:
-        """environment, paths: the driver's settings and where it finds modules.
+        """environment, paths: the driver's settings and where it finds modules; nothing happens here otherwise.
 
         orphan_s: seconds without a word from a supervisor after which this process saves and leaves; None: it
         ends with its driver anyway.
@@ -104,7 +103,6 @@ class ReplicaActor:
         self._inbox: Inbox | None = None
         self._outbox: Outbox | None = None
         self._co_tenants: dict[CoTenantConfig, subprocess.Popen[bytes]] = {}
-        threading.Thread(target=_load, name="revdist-load", daemon=True).start()
 
     def locate(self, address: str) -> Location:
         """Open the device, without computing on it, and bind the store's socket on the host's address.
@@ -271,9 +269,3 @@ class ReplicaActor:
             if reading.kind == "cuda" and assigned in (str(reading.index), reading.uuid):
                 return reading.uuid
         raise NoFreeDevice(f"Ray reserved GPU {assigned}, which the driver does not list: run `revdist devices` there")
-
-
-def _load() -> None:
-    """Load what a replica needs while the driver hears where it is; what goes wrong is told where it trains."""
-    with contextlib.suppress(Exception):
-        import revdist.training.replica  # noqa: F401
