@@ -26,13 +26,14 @@ OURS = {name: value for name, value in os.environ.items() if not name.startswith
 """Without the settings of another test's cluster."""
 
 LOOK_AROUND = """
-import json, os, psutil
+import json, os, psutil, sys
 from revdist.cluster.local import ray_cluster
 import ray  # before the cluster starts, as a notebook may have it
 with ray_cluster(None, num_workers=1) as own:
     family = psutil.Process().children(recursive=True)
     listening = [c.laddr.ip for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
     facts = {"own": own, "addresses": sorted(set(listening)), "pids": [p.pid for p in family]}
+    facts |= {"commands": [" ".join(p.cmdline()) for p in family], "loaded": [*sys.modules]}
 print(json.dumps({**facts, "after": [name for name in os.environ if name.startswith("RAY_AUTH")]}))
 """
 
@@ -55,6 +56,14 @@ def test_a_local_cluster_is_on_loopback_with_a_token_in_no_file_and_gone_afterwa
     assert facts["after"] == []
     assert not (tmp_path / ".ray").exists()
     assert not [pid for pid in facts["pids"] if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+
+
+def test_a_local_cluster_has_no_more_than_a_run_uses() -> None:
+    facts = json.loads(python("-c", LOOK_AROUND).stdout.splitlines()[-1])
+    left_out = ("dashboard/dashboard.py", "log_monitor.py", "autoscaler/_private/monitor.py")
+    assert [command for command in facts["commands"] if any(name in command for name in left_out)] == []
+    assert any("gcs_server" in command for command in facts["commands"])
+    assert "aiohttp" not in facts["loaded"]  # half a second of the driver's, when it only asks whether it is there
 
 
 @pytest.fixture(params=[False, True], ids=["open", "with a token"])

@@ -95,9 +95,7 @@ def test_a_join_that_goes_wrong_while_it_is_prepared_costs_nothing(
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_newcomer_that_never_connects_is_let_go_while_the_others_train(
-    unharmed: Unharmed, tmp_path: Path
-) -> None:
+def test_a_newcomer_that_never_connects_is_let_go_while_the_others_train(unharmed: Unharmed, tmp_path: Path) -> None:
     steps = 1500
     harm = Harm(20, signals("cpu-1"))
     result = run(
