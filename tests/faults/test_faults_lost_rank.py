@@ -66,6 +66,17 @@ def test_a_lost_rank_is_replaced_at_a_step_boundary(unharmed: Unharmed, tmp_path
     assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
 
 
+def trouble_at_a_join(trouble: str, folder: Path) -> dict[str, Any]:
+    """A run in which joining goes wrong. trouble, folder: as `small_models.classifier_with_trouble_at_a_join`."""
+    kwargs = {"trouble": trouble, "folder": str(folder)}
+    return {
+        "epochs": None,
+        "model": {"factory": "small_models:classifier_with_trouble_at_a_join", "kwargs": kwargs},
+        "data": {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}},
+        "faults": {"heartbeat_s": 1},
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("trouble", ["death", "failure"])
@@ -75,18 +86,7 @@ def test_a_join_that_goes_wrong_while_it_is_prepared_costs_nothing(
     """A newcomer is killed, or a rank cannot connect: training goes on, and another group is formed."""
     steps = 1500
     harm = Harm(20, signals("cpu-1"))
-    result = run(
-        tmp_path / "run",
-        harm,
-        epochs=None,
-        steps=steps,
-        model={
-            "factory": "small_models:classifier_with_trouble_at_a_join",
-            "kwargs": {"trouble": trouble, "folder": str(tmp_path)},
-        },
-        data={"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}},
-        faults={"heartbeat_s": 1},
-    )
+    result = run(tmp_path / "run", harm, steps=steps, **trouble_at_a_join(trouble, tmp_path))
     assert (tmp_path / trouble).exists()
     assert harm.groups[-1] == ["cpu-0", "cpu-2", "cpu-1"]
     assert len(harm.kinds("lost")) == (2 if trouble == "death" else 1)
@@ -98,19 +98,8 @@ def test_a_join_that_goes_wrong_while_it_is_prepared_costs_nothing(
 def test_a_newcomer_that_never_connects_is_let_go_while_the_others_train(unharmed: Unharmed, tmp_path: Path) -> None:
     steps = 1500
     harm = Harm(20, signals("cpu-1"))
-    result = run(
-        tmp_path / "run",
-        harm,
-        epochs=None,
-        steps=steps,
-        model={
-            "factory": "small_models:classifier_with_trouble_at_a_join",
-            "kwargs": {"trouble": "deaf", "folder": str(tmp_path)},
-        },
-        data={"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}},
-        faults={"heartbeat_s": 1},
-        workers={"max_restarts": 1},
-    )
+    values = trouble_at_a_join("deaf", tmp_path) | {"workers": {"max_restarts": 1}}
+    result = run(tmp_path / "run", harm, steps=steps, **values)
     assert (tmp_path / "deaf").read_text() == "xx"
     assert harm.groups == [["cpu-0", "cpu-2"]] * 2
     assert "did not join: it could not be connected to the others in 2 tries" in harm.kinds("lost")[1]["detail"]
