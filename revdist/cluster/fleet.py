@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, final
 
@@ -24,6 +24,8 @@ from revdist.errors import RevdistError
 from revdist.training.orders import Assignment, Regroup, Shares
 from revdist.training.reports import LogReport, Report
 
+_LOOK_S = 0.2
+"""Pause between looks at anything else while an actor starts."""
 _POLL_S = 5.0
 """Longest a call for reports waits in the actor: they come as soon as there are any."""
 
@@ -150,9 +152,17 @@ class Fleet:
         """As `free_hosts`, without waiting for the Ray head."""
         return self._errands.send(self.free_hosts)
 
-    def locate(self, addresses: Mapping[int, str]) -> list[Location]:
-        """Where actors run, with their devices open. Raises what opening a device raises."""
+    def locate(self, addresses: Mapping[int, str], *, look: Callable[[], None] = lambda: None) -> list[Location]:
+        """Where actors run, with their devices open.
+
+        look: called now and then meanwhile, since an actor whose host is in trouble may never answer.
+
+        Raises what opening a device raises, and what `look` raises.
+        """
         calls = [self.find(member, address) for member, address in addresses.items()]
+        for call in calls:
+            while not ray.wait([call], timeout=_LOOK_S)[0]:
+                look()
         return [self.get(call) for call in calls]
 
     def locate_soon(self, addresses: Mapping[int, str], *, timeout_s: float) -> dict[int, Location]:

@@ -24,7 +24,6 @@ from revdist.errors import ConfigError, NoFreeDevice, Preempted
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-    from revdist.cluster.actor import Location
     from revdist.cluster.controller import Controller
     from revdist.cluster.crew import Crew
     from revdist.cluster.fleet import Fleet
@@ -124,7 +123,7 @@ class Trainer:
         with ray_cluster(self.address, num_workers=self.num_cores):
             places, fleet = self._place()
             try:
-                return tuple(location.reading for location in _locate(places, fleet))
+                return tuple(location.reading for location in fleet.locate(_addresses(places, fleet)))
             finally:
                 fleet.kill()
 
@@ -150,7 +149,7 @@ class Trainer:
         crew = self._find(claim, observer)
         if crew is None and claim.orphans is not None:
             crew = self._start_after_loss(claim, observer, restarter)
-        crew = crew or self._start(claim, observer, assign)
+        crew = crew or self._start(claim, observer, assign, functools.partial(_leave_if_asked, stop_reason))
         from revdist.cluster.controller import Controller  # while replicas load
 
         controller: Controller | None = None
@@ -205,21 +204,26 @@ class Trainer:
         observer.on_start(claim.run_dir, [location.reading for location in crew.locations.values()])
         return crew
 
-    def _start(self, claim: RunClaim, observer: Observer, assign: Callable[..., Assignment]) -> Crew:
-        """Replicas on the devices that are free, at work on their first group."""
+    def _start(
+        self, claim: RunClaim, observer: Observer, assign: Callable[..., Assignment], look: Callable[[], None]
+    ) -> Crew:
+        """Replicas on the devices that are free, at work on their first group. look: called while that takes long."""
         from revdist.cluster.crew import Crew
 
-        places, fleet = self._place(claim.record.run_id if claim.record.detached else None)
+        places, fleet = self._place(claim.record.run_id if claim.record.detached else None, look=look)
         try:
-            locations = dict(zip(fleet.members, _locate(places, fleet), strict=True))
+            located = fleet.locate(_addresses(places, fleet), look=look)
+            locations = dict(zip(fleet.members, located, strict=True))
             observer.on_start(claim.run_dir, [location.reading for location in locations.values()])
             return Crew.at_work(fleet, dict(zip(fleet.members, places, strict=True)), locations, assign)
         except BaseException:
             fleet.kill()
             raise
 
-    def _place(self, run_id: str | None = None) -> tuple[Sequence[Place], Fleet]:
-        """Where replicas go, and their actors. run_id: given, they outlive this process."""
+    def _place(
+        self, run_id: str | None = None, *, look: Callable[[], None] = lambda: None
+    ) -> tuple[Sequence[Place], Fleet]:
+        """Where replicas go, and their actors. run_id: given, they outlive this process. look: called while waiting."""
         from revdist.cluster.fleet import Fleet, hosts
         from revdist.cluster.placement import place
 
@@ -233,6 +237,7 @@ class Trainer:
             except NoFreeDevice:
                 if time.monotonic() > patient_until_s:
                     raise
+            look()
             time.sleep(0.1)
 
     def _present_placement_group(self) -> PlacementGroup | None:
@@ -331,5 +336,13 @@ class Trainer:
         return num_devices * self.config.threads_per_worker
 
 
-def _locate(places: Sequence[Place], fleet: Fleet) -> list[Location]:
-    return fleet.locate({member: place.address for member, place in zip(fleet.members, places, strict=True)})
+def _addresses(places: Sequence[Place], fleet: Fleet) -> dict[int, str]:
+    """What each actor of a new fleet opens and listens on."""
+    return {member: place.address for member, place in zip(fleet.members, places, strict=True)}
+
+
+def _leave_if_asked(stop_reason: Callable[[], str | None]) -> None:
+    """Raise Preempted where the run is to stop before its first step."""
+    reason = stop_reason()
+    if reason is not None:
+        raise Preempted(f"stopped by {reason} before the first step: nothing was written", signal=reason)

@@ -4,11 +4,14 @@ Every rank contributes one row and receives all of them. Everything that all ran
 then a pure function of the same rows: whether the step counts or is redone, which generation of
 shares holds next, whether the run stops here. The rows are also the step's metrics, so each rank
 knows them all and any survivor can report them.
+
+A rank hands its row in as soon as its gradients are on their way, so that rows travel beside them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import final
 
 import torch
 import torch.distributed as dist
@@ -16,13 +19,21 @@ import torch.distributed as dist
 from revdist.training.row import Row, Stage
 
 
-def agree(row: Row, group: dist.ProcessGroup) -> list[Row]:
-    """Exchange rows over a CPU group: one per rank, in rank order."""
-    own = torch.tensor(row.numbers(), dtype=torch.float64)
-    table = own.new_zeros(dist.get_world_size(group), len(own))
-    table[dist.get_rank(group)] = own
-    dist.all_reduce(table, group=group)  # the other rows are zero, so the sum is every rank's own row
-    return [Row.from_numbers(numbers) for numbers in table.tolist()]
+@final
+class Agreement:
+    """An exchange of rows under way over a CPU group. Every rank begins one, then asks for the rows."""
+
+    def __init__(self, row: Row, group: dist.ProcessGroup) -> None:
+        own = torch.tensor(row.numbers(), dtype=torch.float64)
+        self._table = own.new_zeros(dist.get_world_size(group), len(own))
+        self._table[dist.get_rank(group)] = own
+        # The other rows are zero, so the sum is every rank's own row.
+        self._work = dist.all_reduce(self._table, group=group, async_op=True)
+
+    def rows(self) -> list[Row]:
+        """One per rank, in rank order, once all are there. Raises where a peer is lost."""
+        self._work.wait()
+        return [Row.from_numbers(numbers) for numbers in self._table.tolist()]
 
 
 def must_redo(rows: Sequence[Row]) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, final
 import torch.distributed as dist
 
 from revdist.errors import RunFailed
+from revdist.training.gloo_threads import let_others_finish
 from revdist.training.orders import Rendezvous
 from revdist.training.sockets import TcpSocket, shut_down, tcp_sockets
 
@@ -214,4 +215,5 @@ def _connect(store: Any, rendezvous: Rendezvous, devices: list[Any]) -> Any:
     backend = gloo(store, rendezvous.rank, rendezvous.world_size, options)
     backend._set_default_timeout(timedelta(seconds=rendezvous.timeout_s))
     backend._set_sequence_number_for_group()
+    let_others_finish()
     return backend

@@ -34,6 +34,8 @@ class Outcome:
 
     samples: int
     loss_sum: float
+    step_s: float
+    """Time until all gradients were on their way, from the start of the first attempt."""
     compute_s: float
     """Time of the attempt that counts, from its start until the last own gradient was there."""
     retried_s: float
@@ -67,34 +69,46 @@ class LocalStep:
         scale: float,
         micro_batch: int,
         smaller_plan: SmallerPlan,
-    ) -> Outcome:
+        on_their_way: Callable[[Outcome], None],
+    ) -> None:
         """Gradients of the samples at `indices`, each sample's loss times `scale`, averaged over ranks.
+
+        on_their_way: called once, when this rank has handed in all its gradients and those of others may not
+            have come: nothing that it does may wait for them
 
         Raises what `smaller_plan` raises when there is none.
         """
-        began_s = time.perf_counter()
+        began_s = attempt_s = time.perf_counter()
         self._demoted_bytes = 0
         self._buffers.keep()
         failed = False
+
+        def handed_in() -> None:
+            on_their_way(
+                Outcome(
+                    samples=len(indices),
+                    loss_sum=self._replicated.loss_sum,
+                    step_s=time.perf_counter() - began_s,
+                    compute_s=max(0.0, self._replicated.compute_ended_s - attempt_s),
+                    retried_s=attempt_s - began_s,
+                    demoted_bytes=self._demoted_bytes,
+                    failed=failed,
+                )
+            )
+
         while True:
             attempt_s = time.perf_counter()
-            loss_sum, shortage = self._attempt(dataset, micro_batches(indices, micro_batch), step, rank, scale)
+            self._draw_from(_step_seed(self._seed, step, rank))
+            self._replicated.start_step(handed_in)
+            shortage = self._attempt(dataset, micro_batches(indices, micro_batch), scale)
             if shortage is None:
-                break
+                return
             micro_batch = smaller_plan(shortage)
             self._buffers.restore()
             if self._replicated.reduction_began:
-                self._replicated.finish_reduction()
                 failed = True
-                break
-        return Outcome(
-            samples=len(indices),
-            loss_sum=loss_sum,
-            compute_s=max(0.0, self._replicated.compute_ended_s - attempt_s),
-            retried_s=attempt_s - began_s,
-            demoted_bytes=self._demoted_bytes,
-            failed=failed,
-        )
+                self._replicated.finish_reduction()
+                return
 
     def restore_buffers(self) -> None:
         """Take back what the step did to buffers: it will be redone."""
@@ -112,24 +126,19 @@ class LocalStep:
     def close(self) -> None:
         self._device.on_shortage(None)
 
-    def _attempt(
-        self, dataset: Any, parts: list[Indices], step: int, rank: int, scale: float
-    ) -> tuple[float, str | None]:
-        """Summed loss of all micro-batches, and what ran out of memory, if it did.
+    def _attempt(self, dataset: Any, parts: list[Indices], scale: float) -> str | None:
+        """All micro-batches; returns what ran out of memory, if it did.
 
-        Returns the message, not the error: its traceback would keep the activations alive.
+        That is the message, not the error: its traceback would keep the activations alive.
         """
-        self._draw_from(_step_seed(self._seed, step, rank))
-        self._replicated.start_step()
-        loss_sum = 0.0
         try:
             for part in parts[:-1]:
-                loss_sum += self._replicated.backward(self._load(dataset, part), scale, reduce=False)
+                self._replicated.backward(self._load(dataset, part), scale, reduce=False)
             last = self._load(dataset, parts[-1]) if parts else None
-            loss_sum += self._replicated.backward(last, scale, reduce=True)
+            self._replicated.backward(last, scale, reduce=True)
         except torch.OutOfMemoryError as error:
-            return loss_sum, str(error)
-        return loss_sum, None
+            return str(error)
+        return None
 
     def _draw_from(self, seed: int) -> None:
         """Seed what this device draws from: `torch.manual_seed` asks after every kind of device, 0.3 ms a step."""

@@ -20,7 +20,15 @@ import torch.distributed as dist
 from revdist.config import RunConfig
 from revdist.devices.device import Device, MemoryMeter
 from revdist.planning.costs import Plan
-from revdist.training.agreement import agree, mean_loss, must_redo, must_save, must_stop, next_generation, next_group
+from revdist.training.agreement import (
+    Agreement,
+    mean_loss,
+    must_redo,
+    must_save,
+    must_stop,
+    next_generation,
+    next_group,
+)
 from revdist.training.data import slice_of
 from revdist.training.late_profile import LateProfile
 from revdist.training.local_planner import LocalPlanner
@@ -188,6 +196,7 @@ class Loop:
             raise self._failure
         while True:
             self._adopt_local_replan()
+            began_s, pause_s = time.perf_counter(), self._pause_s
             try:
                 rows = self._attempt()
                 left_out = not must_redo(rows) and self._is_left_out(rows)
@@ -197,7 +206,7 @@ class Loop:
             if not must_redo(rows):
                 break
             self._local.restore_buffers()
-            self._pause_s += rows[self.rank].step_s
+            self._pause_s = pause_s + time.perf_counter() - began_s
         if left_out:
             self._local.restore_buffers()
         else:
@@ -208,10 +217,18 @@ class Loop:
 
     def _attempt(self) -> list[Row]:
         """Gradients of the whole batch, unless some rank's word in the rows says that they are not."""
-        began_s = time.perf_counter()
         order, rank = self._t.parts.order, self.rank
         batch = order.batch(self.step)
-        outcome = self._local.run(
+        group = dist.group.WORLD
+        assert group is not None
+        agreement: Agreement | None = None
+
+        def agree(outcome: Outcome) -> None:
+            nonlocal agreement
+            self._pause_s += outcome.retried_s
+            agreement = Agreement(self._row(outcome), group)
+
+        self._local.run(
             self._t.parts.train,
             batch[slice_of(self.shares.by_rank, rank, len(batch))],
             step=self.step,
@@ -219,15 +236,13 @@ class Loop:
             scale=dist.get_world_size() / len(batch),
             micro_batch=self.plan.micro_batch,
             smaller_plan=self._smaller_plan,
+            on_their_way=agree,
         )
-        self._pause_s += outcome.retried_s
-        row = self._row(outcome, time.perf_counter() - began_s)
+        assert agreement is not None, "gradients were handed in, and nothing was said of it"
         self._meter.reset_peak()
-        group = dist.group.WORLD
-        assert group is not None
-        return agree(row, group)
+        return agreement.rows()
 
-    def _row(self, outcome: Outcome, step_s: float) -> Row:
+    def _row(self, outcome: Outcome) -> Row:
         return Row(
             samples=outcome.samples,
             loss_sum=outcome.loss_sum,
@@ -240,7 +255,7 @@ class Loop:
             generation=self.shares.generation,
             share=self.plan.share,
             micro_batch=self.plan.micro_batch,
-            step_s=step_s,
+            step_s=outcome.step_s,
             compute_s=outcome.compute_s,
             peak_bytes=self._meter.peak_bytes(),
             predicted_peak_bytes=self.plan.predicted_peak_bytes,

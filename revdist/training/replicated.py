@@ -20,6 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 LossFn = Callable[..., Tensor]
 
 
+def _nothing() -> None:
+    """What is to be done where nobody asked for anything."""
+
+
 @final
 class SummedLoss(nn.Module):
     """Runs a model and sums its loss over a micro-batch, in the precision of the run."""
@@ -66,6 +70,8 @@ class Replicated:
         self._as_view = gradient_as_bucket_view
         self._ddp: DistributedDataParallel | None = None
         self._reducing = False
+        self._losses: list[Tensor] = []
+        self._on_their_way: Callable[[], None] = _nothing
         self.connect(alike=False)
 
     def connect(self, *, alike: bool) -> None:
@@ -124,14 +130,25 @@ class Replicated:
         """Whether gradients of this step are on their way to the other ranks."""
         return bool(self._reduced)
 
-    def start_step(self) -> None:
-        """Zero the gradients, in place: they stay views of the buckets that are reduced."""
+    @property
+    def loss_sum(self) -> float:
+        """Summed loss of the step's micro-batches so far."""
+        return sum(map(float, self._losses))
+
+    def start_step(self, on_their_way: Callable[[], None] = _nothing) -> None:
+        """Zero the gradients, in place: they stay views of the buckets that are reduced.
+
+        on_their_way: called once in the step, when all gradients have been handed in and those of other ranks
+            may not have come: what it hands in itself travels beside them
+        """
         self._reduced.clear()
         self._reducing = False
+        self._losses.clear()
+        self._on_their_way = on_their_way
         torch._foreach_zero_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
-    def backward(self, batch: tuple[Any, Any] | None, scale: float, *, reduce: bool) -> float:
-        """Forward and backward of one micro-batch; returns its summed loss.
+    def backward(self, batch: tuple[Any, Any] | None, scale: float, *, reduce: bool) -> None:
+        """Forward and backward of one micro-batch.
 
         The last micro-batch of a step is the one to `reduce`, on every rank; a rank without samples
         passes None for it.
@@ -140,11 +157,11 @@ class Replicated:
         self._reducing = reduce
         with contextlib.nullcontext() if reduce else self._ddp.no_sync():
             loss = self._ddp(batch)
+            self._losses.append(loss.detach())
             if loss.requires_grad:
                 (loss * scale).backward()
             if reduce:
                 self.finish_reduction()
-        return float(loss.detach())
 
     def finish_reduction(self) -> None:
         """Contribute zeros for every parameter whose gradient did not come, so that no peer waits for it.
@@ -170,9 +187,13 @@ class Replicated:
             buffer.copy_(mean.view_as(buffer))
 
     def _note(self, parameter: Tensor) -> None:
-        if self._reducing:
-            self._reduced.add(id(parameter))
-            self.compute_ended_s = time.perf_counter()
+        if not self._reducing:
+            return
+        self._reduced.add(id(parameter))
+        self.compute_ended_s = time.perf_counter()
+        if len(self._reduced) == len(self.parameters):
+            # Runs when DDP has handed in its last bucket, and before DDP waits for the other ranks'.
+            torch.autograd.Variable._execution_engine.queue_callback(self._on_their_way)
 
 
 def move_batch(batch: Any, device: torch.device, precision: str) -> tuple[Any, Any]:

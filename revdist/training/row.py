@@ -41,7 +41,7 @@ class Row:
     share: int = 0
     micro_batch: int = 0
     step_s: float = 0.0
-    """Duration of the step before this one, waiting for peers included."""
+    """Time of this step until own gradients were on their way, attempts that ran out of memory included."""
     compute_s: float = 0.0
     """Own forward and backward time of this step, waiting for peers excluded."""
     peak_bytes: int = 0

@@ -39,3 +39,41 @@ def test_a_signal_saves_leaves_nothing_running_and_can_be_resumed(
     output = again.communicate(timeout=100)[0].decode()
     assert again.returncode == 0, output
     assert [step["step"] for step in RunReader(run_dir).metrics()] == list(range(1, steps[-1] + 3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_signal_ends_a_start_that_a_frozen_replica_holds_up(tmp_path: Path) -> None:
+    config, run_dir = tmp_path / "small.yaml", tmp_path / "run"
+    config.write_text(json.dumps(settings()))
+    process = launch(config, run_dir)
+    driver = psutil.Process(process.pid)
+    frozen: list[psutil.Process] = []
+
+    def has_frozen() -> bool:
+        assert process.poll() is None, process.communicate()[0].decode()
+        frozen.extend(child for child in driver.children(recursive=True) if is_a_replica(child))
+        for child in frozen:
+            child.suspend()
+        return bool(frozen)
+
+    below: list[psutil.Process] = []
+    try:
+        wait_until(has_frozen, "no replica in time", 60)
+        below = driver.children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0].decode()
+        assert process.returncode == 143, output
+        assert "stopped by SIGTERM before the first step: nothing was written" in output
+        wait_until(lambda: all(is_dead(child.pid) for child in below), f"not all of {below} ended", 10)
+    finally:
+        for one in [driver, *below, *frozen]:
+            if not is_dead(one.pid):
+                one.kill()
+
+
+def is_a_replica(process: psutil.Process) -> bool:
+    try:
+        return "ReplicaActor" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,88 @@
+"""Gradients on their way: what a rank hands in beside them, and the threads that carry it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks, rendezvous
+from torch import nn
+
+from revdist.training.agreement import Agreement
+from revdist.training.group import Group
+from revdist.training.replicated import Replicated
+from revdist.training.row import Row
+
+
+class Half(nn.Module):
+    """Uses one of its layers, so that the other's gradient has to be made up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.used(x)
+        return out
+
+
+def step(rank: int, replicated: Replicated, batch: Any, then: Callable[[], object] = lambda: None) -> list[Row]:
+    """The rows of one step. then: called when this rank has handed its row in."""
+    agreements = []
+
+    def hand_in() -> None:
+        agreements.append(Agreement(Row(samples=rank + 1, loss_sum=replicated.loss_sum), dist.group.WORLD))
+        then()
+
+    replicated.start_step(hand_in)
+    replicated.backward(batch, 2.0, reduce=True)
+    (agreement,) = agreements
+    return agreement.rows()
+
+
+@pytest.mark.parametrize("has_samples", [True, False])
+def test_a_rank_hands_its_row_in_while_a_peer_has_not_begun_its_backward(has_samples: bool, tmp_path: Path) -> None:
+    """The peer begins once it has seen that: were the row to wait for the reduction, nobody would ever go on."""
+    batch = (torch.ones(2, 3), torch.zeros(2, dtype=torch.long))
+
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        group.join(rendezvous(rank, 2, ports[0]))
+        replicated = Replicated(Half(), nn.functional.cross_entropy, "fp32")
+        step(rank, replicated, batch)  # at the first, DDP lays out its buckets with the other ranks
+        if rank == 0:
+            own = batch if has_samples else None
+            return step(rank, replicated, own, then=lambda: handed_in.write_text("now"))
+        handed_in.read_text()
+        return step(rank, replicated, batch)
+
+    handed_in = tmp_path / "handed-in"
+    os.mkfifo(handed_in)
+    first, second = on_ranks(2, work)
+    assert first == second
+    assert [row.samples for row in first] == [1, 2]
+    assert (first[0].loss_sum > 0) == has_samples
+    assert first[1].loss_sum > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are batch threads on Linux alone")
+def test_threads_that_wait_on_sockets_do_not_take_the_core_from_those_that_send() -> None:
+    def work(rank: int, group: Group, ports: list[int]) -> Any:
+        group.join(rendezvous(rank, 2, ports[0]))
+        dist.barrier()
+        tasks = [(task / "comm", int(task.name)) for task in Path("/proc/self/task").iterdir()]
+        policies = [os.sched_getscheduler(number) for name, number in tasks if "tcp_loop" in name.read_text()]
+        own = os.sched_getscheduler(0)
+        dist.barrier()
+        return policies, own
+
+    for policies, own in on_ranks(2, work):
+        assert policies
+        assert set(policies) == {os.SCHED_BATCH}
+        assert own == os.SCHED_OTHER
