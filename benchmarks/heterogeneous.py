@@ -2,6 +2,7 @@
 
 python benchmarks/heterogeneous.py            writes tables, a figure and the raw numbers
 python benchmarks/heterogeneous.py --quick    a few short rounds
+python benchmarks/heterogeneous.py --batch 256  steps four times as long
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ COMMAND = "python benchmarks/heterogeneous.py"
 WARM_STEPS = 60
 """By which shares and schedules are found."""
 METHOD = (
-    "A RevNet for digits on two CPU devices, each replica on a core of its own with one thread, 64 samples a step. "
-    f"All ways of a case are started and take {WARM_STEPS} steps; from then on they have the machine in turns, the "
+    "A RevNet for digits on two CPU devices, each replica on a core of its own with one thread, {batch} samples a "
+    "step. All ways of a case are started and take {warm} steps; from then on they have the machine in turns, the "
     "others stopped with all their processes, so that what is compared ran within seconds. A turn's throughput is that "
     "of the steps that began and ended in it; ratios are taken within a round, tables show medians over rounds, and "
     "means where memory changes. A virtual machine's host slows each core down by up to a third for seconds at a time, "
@@ -53,12 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [case for case in CASES if not options.cases or case.key in options.cases]
     rounds, turn_s = (3, 2.0) if options.quick else (options.rounds, options.turn)
     with console.status("") as status, tempfile.TemporaryDirectory() as folder:
-        found = [_measure(Bench(Path(folder)), case, rounds, turn_s, status.update) for case in cases]
-    about = provenance(["ray", "revdist", "torch"]) | {"command": COMMAND, "method": METHOD}
+        found = [_measure(Bench(Path(folder), options.batch), case, rounds, turn_s, status.update) for case in cases]
+    about = provenance(["ray", "revdist", "torch"]) | {
+        "command": COMMAND + ("" if options.batch == GLOBAL_BATCH else f" --batch {options.batch}"),
+        "method": METHOD.format(batch=options.batch, warm=WARM_STEPS),
+    }
     result = Result(about=about | {"turn_s": turn_s}, findings=tuple(found))
     for table in result.tables():
         console.print(table.for_terminal())
-    name = f"heterogeneous-{about['date'][:10]}"
+    batch = "" if options.batch == GLOBAL_BATCH else f"{options.batch}-"
+    name = f"heterogeneous-{batch}{about['date'][:10]}"
     paths = result.write(options.out, name, figure=f"{name}.png")
     draw(result, options.out / f"{name}.png")
     console.print("written: " + ", ".join(str(path) for path in [*paths, options.out / f"{name}.png"]))
@@ -75,11 +80,11 @@ def _measure(bench: Bench, case: Case, rounds: int, turn_s: float, say: Callable
         say(f"{case.title}: starting")
         alone = [start(bench.alone(case, rank)) for rank in (0, 1)]
         speeds = [statistics.median(job.turn(turn_s).samples_per_s for _ in range(3)) for job in alone]
-        share = min(max(round(speeds[0] / sum(speeds) * GLOBAL_BATCH), 1), GLOBAL_BATCH - 1)
-        shares = (share, GLOBAL_BATCH - share)
+        share = min(max(round(speeds[0] / sum(speeds) * bench.global_batch), 1), bench.global_batch - 1)
+        shares = (share, bench.global_batch - share)
         by_hand_alone = [start(bench.apart(case, (rank,))) for rank in (0, 1)]
         apart = start(bench.apart(case))
-        plain = start(bench.plain(case, equal_split(GLOBAL_BATCH, 2), same_micro_batch=True))
+        plain = start(bench.plain(case, equal_split(bench.global_batch, 2), same_micro_batch=True))
         proportional = start(bench.plain(case, shares, same_micro_batch=False))
         revdist = start(bench.revdist(case))
         with_memory = [alone[1], revdist]
@@ -105,6 +110,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few short rounds, for trying it out")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--turn", type=float, default=2.5, metavar="SECONDS", help="that each way has the machine for")
+    parser.add_argument("--batch", type=int, default=GLOBAL_BATCH, metavar="SAMPLES", help="of a step on both devices")
     parser.add_argument("--cases", nargs="+", choices=[case.key for case in CASES], metavar="CASE")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     return parser.parse_args(arguments)

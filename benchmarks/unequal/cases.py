@@ -7,12 +7,13 @@ from typing import Any
 
 MIB = 2**20
 GLOBAL_BATCH = 64
+"""Samples a step, unless another number is asked for: a step then takes some 80 ms where nobody disturbs."""
 MODEL = "revdist.models:revnet_digits"
 DATA = "revdist.training.datasets:digits"
 OPTIMIZER: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
 ROOMY_BYTES = 256 * MIB
 TIGHT_BYTES = 10 * MIB
-"""Holds about a quarter of what an equal share keeps for its backward."""
+"""Holds about a quarter of what an equal share of 64 samples keeps for its backward."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as torchrun sets them. JOB holds, as JSON, per rank its
 core, the name and capacity of its device, its share of the batch and the file to which it writes when each step
-is done; and whether all ranks use one micro-batch size, as a job with one configuration does. The gradient is that
-of the whole batch whatever the shares. A rank whose WORLD_SIZE is 1 trains by itself. It goes on until it is ended.
+is done; how many samples a step has; and whether all ranks use one micro-batch size, as a job with one
+configuration does. The gradient is that of the whole batch whatever the shares. A rank whose WORLD_SIZE is 1
+trains by itself. It goes on until it is ended.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-from benchmarks.unequal.cases import GLOBAL_BATCH, OPTIMIZER  # noqa: E402
+from benchmarks.unequal.cases import OPTIMIZER  # noqa: E402
 from revdist.devices import open_device  # noqa: E402
 from revdist.models import revnet_digits  # noqa: E402
 from revdist.training.datasets import digits  # noqa: E402
@@ -43,6 +44,7 @@ def main() -> None:
     train, _ = digits()
     images_BCHW, labels_B = (torch.utils.data.default_collate(part) for part in zip(*train, strict=True))
     model = revnet_digits()
+    global_batch = JOB["global_batch"]
     share, offset = JOB["shares"][RANK], sum(JOB["shares"][:RANK])
     micro_batch = _largest_micro_batch(model, images_BCHW[:share], labels_B[:share])
     if JOB["same_micro_batch"] and together:
@@ -54,7 +56,7 @@ def main() -> None:
     scale = dist.get_world_size() / sum(JOB["shares"]) if together else 1 / share
     with Path(JOB["out"][RANK]).open("w", encoding="utf-8", buffering=1) as done:
         for step in itertools.count():
-            first = step * GLOBAL_BATCH % (len(train) - GLOBAL_BATCH) + offset
+            first = step * global_batch % (len(train) - global_batch) + offset
             chosen = torch.arange(first, first + share)
             optimizer.zero_grad(set_to_none=False)
             parts = chosen.split(micro_batch)

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from benchmarks.provenance import ROOT
-from benchmarks.unequal.cases import DATA, GLOBAL_BATCH, MODEL, OPTIMIZER, Case
+from benchmarks.unequal.cases import DATA, MODEL, OPTIMIZER, Case
 from benchmarks.unequal.job import Feed, Job
 from revdist.devices import list_devices
 from revdist.planning.split import equal_split
@@ -35,6 +35,8 @@ class Bench:
     """Where jobs are started. Each has device ledgers of its own."""
 
     folder: Path
+    global_batch: int
+    """Samples a step of both devices together."""
 
     def plain(self, case: Case, shares: Sequence[int], *, same_micro_batch: bool) -> Job:
         """DistributedDataParallel written by hand. One micro-batch size for all, or one each.
@@ -46,11 +48,12 @@ class Bench:
 
     def apart(self, case: Case, ranks: Sequence[int] = (0, 1)) -> Job:
         """Trainings written by hand that exchange nothing, at once, each with half the batch."""
-        shares = equal_split(GLOBAL_BATCH, 2)
+        shares = equal_split(self.global_batch, 2)
         return self._by_hand(case, ranks, shares, same_micro_batch=False, together=False)
 
-    def revdist(self, case: Case, *, ranks: Sequence[int] = (0, 1), global_batch: int = GLOBAL_BATCH) -> RevdistJob:
-        """`revdist launch` on the devices and cores `ranks`."""
+    def revdist(self, case: Case, *, ranks: Sequence[int] = (0, 1), global_batch: int | None = None) -> RevdistJob:
+        """`revdist launch` on the devices and cores `ranks`. global_batch: another than that of both."""
+        global_batch = global_batch or self.global_batch
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         (folder / "run.json").write_text(json.dumps(_config(case, ranks, global_batch)), encoding="utf-8")
         command = [sys.executable, "-m", "revdist.cli", "launch", str(folder / "run.json")]
@@ -64,7 +67,7 @@ class Bench:
 
     def alone(self, case: Case, rank: int) -> RevdistJob:
         """revdist on one device of the case, the other idle, with half the batch."""
-        return self.revdist(case, ranks=(rank,), global_batch=equal_split(GLOBAL_BATCH, 2)[rank])
+        return self.revdist(case, ranks=(rank,), global_batch=equal_split(self.global_batch, 2)[rank])
 
     def _by_hand(
         self, case: Case, ranks: Sequence[int], shares: Sequence[int], *, same_micro_batch: bool, together: bool
@@ -74,6 +77,7 @@ class Bench:
         content = {
             "cores": [0, 1],
             "devices": [[f"cpu-{rank}", capacity] for rank, capacity in enumerate(case.smallest_capacities)],
+            "global_batch": self.global_batch,
             "shares": list(shares),
             "same_micro_batch": same_micro_batch,
             "out": [str(out) for out in outs],
@@ -82,7 +86,7 @@ class Bench:
         command = [sys.executable, str(WORKER), str(folder / "job.json")]
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         environment = self._environment(folder) | rendezvous | {"WORLD_SIZE": "2" if together else "1"}
-        feeds = [Feed(outs[0], GLOBAL_BATCH)] if together else [Feed(outs[rank], shares[rank]) for rank in ranks]
+        feeds = [Feed(outs[0], self.global_batch)] if together else [Feed(outs[rank], shares[rank]) for rank in ranks]
         return Job([(command, environment | {"RANK": str(rank)}) for rank in ranks], feeds)
 
     def _environment(self, folder: Path) -> dict[str, str]:
