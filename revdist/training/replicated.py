@@ -109,6 +109,7 @@ class Replicated:
         # The module lives on in reference cycles; what holds buckets and group must not.
         self._ddp.reducer = self._ddp.logger = None  # type: ignore[assignment]
         self._ddp = None
+        self._reducing, self._on_their_way = False, _nothing  # of a step that ended with the group
         for parameter in self.parameters:
             parameter.grad = None
 

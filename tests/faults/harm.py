@@ -27,6 +27,8 @@ from revdist.training.run_directory import RunReader
 
 BOUND = 1e-9
 """Largest difference of a weight in fp64 where shares changed on the way: sums in another order."""
+SLOW = {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}}
+"""The same samples, at a pace at which a run is still under way when something happens to it."""
 THREE = ("64MiB", "64MiB", "64MiB")
 
 

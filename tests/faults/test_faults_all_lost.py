@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harm import BOUND, Harm, final_state, holder, is_dead, launch, run, signals, wait_for_steps, wait_until
+from harm import BOUND, SLOW, Harm, final_state, holder, is_dead, launch, run, signals, wait_for_steps, wait_until
 from runs import Watcher, settings
 
 import revdist
@@ -57,8 +57,7 @@ def assert_all_was_done_again(run_dir: Path, pids: list[int], unharmed: dict[str
 @pytest.mark.timeout(180)
 def test_all_killed_at_once_start_again_from_the_last_checkpoint(unharmed: Unharmed, tmp_path: Path) -> None:
     harm = Harm(20, kill_all)
-    slow = {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}}
-    run(tmp_path / "run", harm, epochs=None, steps=STEPS, data=slow, checkpoint={"every_steps": 8})
+    run(tmp_path / "run", harm, epochs=None, steps=STEPS, data=SLOW, checkpoint={"every_steps": 8})
     assert len(harm.pids) == 3
     (again,) = harm.kinds("restart")
     assert "restart 1 of 3" in again["detail"]
@@ -77,7 +76,7 @@ def test_all_killed_at_once_start_again_from_the_last_checkpoint(unharmed: Unhar
 def test_without_a_checkpoint_a_run_that_began_from_nothing_does_so_again(unharmed: Unharmed, tmp_path: Path) -> None:
     """All of them are wanted, so the first that is lost must not end the run while the others are not heard of."""
     harm = Harm(10, signals(*ALL))
-    run(tmp_path / "run", harm, epochs=None, steps=STEPS, workers={"min": 3, "max_restarts": 1})
+    run(tmp_path / "run", harm, epochs=None, steps=STEPS, data=SLOW, workers={"min": 3, "max_restarts": 1})
     (again,) = harm.kinds("restart")
     assert "from the beginning, since there is no checkpoint yet, restart 1 of 1" in again["detail"]
     assert [event["step"] for event in harm.kinds("start")] == [0, 0]

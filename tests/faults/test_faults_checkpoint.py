@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harm import Harm, assert_nothing_was_lost, run, signals
+from harm import SLOW, Harm, assert_nothing_was_lost, run, signals
 from replicas import Outcome, assert_no_failure, run_config, run_replicas
 from runs import Watcher, settings
 from test_training_replicas import largest_difference, train_alone
@@ -91,7 +91,9 @@ def test_a_run_directory_on_a_full_disk_gets_every_line_once_there_is_room(small
 
     watcher = Watcher(fill_and_free)
     trainer = revdist.Trainer(
-        settings(epochs=None, steps=12, checkpoint={"every_steps": 2}), observer=watcher, run_dir=folder / "run"
+        settings(data=SLOW, epochs=None, steps=12, checkpoint={"every_steps": 2}),
+        observer=watcher,
+        run_dir=folder / "run",
     )
     trainer.fit()
     reader = RunReader(folder / "run")
@@ -111,7 +113,7 @@ def test_the_next_rank_0_saves_on_and_newcomers_save_along(
 ) -> None:
     steps = 300
     harm = Harm(20, signals("cpu-0"))
-    result = run(tmp_path / "run", harm, epochs=None, steps=steps, checkpoint={"every_steps": 1, "keep": 3})
+    result = run(tmp_path / "run", harm, epochs=None, steps=steps, data=SLOW, checkpoint={"every_steps": 1, "keep": 3})
     assert harm.groups == [["cpu-1", "cpu-2"], ["cpu-1", "cpu-2", "cpu-0"]]
     assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
     untold = set(range(1, steps + 1)) - {event["saved_step"] for event in harm.kinds("checkpoint")}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harm import launch, wait_for_steps, wait_until
+from harm import SLOW, launch, wait_for_steps, wait_until
 from runs import settings
 
 from revdist.cluster.head import HeadWatch
@@ -59,8 +59,7 @@ def test_a_run_saves_when_its_head_is_lost_and_is_taken_up_in_another_cluster(
 ) -> None:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     config, run_dir = tmp_path / "small.yaml", tmp_path / "run"
-    slow = {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}}
-    config.write_text(json.dumps(settings(data=slow, epochs=None, steps=5000)))
+    config.write_text(json.dumps(settings(data=SLOW, epochs=None, steps=5000)))
     process = launch(config, run_dir)
     wait_for_steps(run_dir, 5, process)
     (gcs,) = [one for one in psutil.Process(process.pid).children(recursive=True) if one.name() == "gcs_server"]

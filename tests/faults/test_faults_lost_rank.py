@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harm import Harm, assert_nothing_was_lost, final_state, is_dead, run, signals, wait_until
+from harm import SLOW, Harm, assert_nothing_was_lost, final_state, is_dead, run, signals, wait_until
 
 from revdist.errors import RunFailed
 from revdist.training.run_directory import RunReader
@@ -32,7 +32,7 @@ Unharmed = Callable[[int], dict[str, Any]]
 )
 def test_killed_ranks_lose_no_step(devices: tuple[str, ...], unharmed: Unharmed, tmp_path: Path) -> None:
     harm = Harm(10, signals(*devices))
-    result = run(tmp_path / "run", harm, epochs=None, steps=STEPS, workers={"max_restarts": 0})
+    result = run(tmp_path / "run", harm, epochs=None, steps=STEPS, data=SLOW, workers={"max_restarts": 0})
     assert len(harm.pids) == len(devices)
     assert all(is_dead(pid) for pid in harm.pids)
     assert harm.groups[-1] == [f"cpu-{number}" for number in range(3) if f"cpu-{number}" not in devices]
@@ -43,9 +43,8 @@ def test_killed_ranks_lose_no_step(devices: tuple[str, ...], unharmed: Unharmed,
 
 def test_a_frozen_rank_is_given_up_and_ended(unharmed: Unharmed, tmp_path: Path) -> None:
     harm = Harm(10, signals("cpu-1", number=signal.SIGSTOP))
-    result = run(
-        tmp_path / "run", harm, epochs=None, steps=STEPS, workers={"max_restarts": 0}, faults={"heartbeat_s": 2}
-    )
+    faults, workers = {"heartbeat_s": 2}, {"max_restarts": 0}
+    result = run(tmp_path / "run", harm, epochs=None, steps=STEPS, data=SLOW, workers=workers, faults=faults)
     (lost,) = harm.kinds("lost")
     assert "did not answer for 2.0 s" in lost["detail"]
     wait_until(lambda: is_dead(harm.pids[0]), "the frozen replica is there")
@@ -57,8 +56,7 @@ def test_a_frozen_rank_is_given_up_and_ended(unharmed: Unharmed, tmp_path: Path)
 def test_a_lost_rank_is_replaced_at_a_step_boundary(unharmed: Unharmed, tmp_path: Path) -> None:
     steps = 1500
     harm = Harm(20, signals("cpu-1"))
-    slow = {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}}
-    result = run(tmp_path / "run", harm, epochs=None, steps=steps, data=slow)
+    result = run(tmp_path / "run", harm, epochs=None, steps=steps, data=SLOW)
     assert harm.groups == [["cpu-0", "cpu-2"], ["cpu-0", "cpu-2", "cpu-1"]]
     (joined,) = harm.kinds("joined")
     assert "cpu-1" in joined["detail"]
@@ -72,7 +70,7 @@ def trouble_at_a_join(trouble: str, folder: Path) -> dict[str, Any]:
     return {
         "epochs": None,
         "model": {"factory": "small_models:classifier_with_trouble_at_a_join", "kwargs": kwargs},
-        "data": {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}},
+        "data": SLOW,
         "faults": {"heartbeat_s": 1},
     }
 

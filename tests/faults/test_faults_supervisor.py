@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harm import BOUND, final_state, holder, is_dead, launch, wait_until
+from harm import BOUND, SLOW, final_state, holder, is_dead, launch, wait_until
 from runs import settings
 
 from revdist.cluster.local import addresses
@@ -34,9 +34,8 @@ def detached(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
     def start(*more: str, **environment: str) -> Path:
         config, run_dir = tmp_path / "small.yaml", tmp_path / "run"
-        slow = {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.02}}
         config.write_text(
-            json.dumps(settings(data=slow, epochs=None, steps=STEPS, precision="fp64", tensorboard=False))
+            json.dumps(settings(data=SLOW, epochs=None, steps=STEPS, precision="fp64", tensorboard=False))
         )
         started.append(run_dir)
         launch_and_wait(config, run_dir, "--detach", *more, **environment)
