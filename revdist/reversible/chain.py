@@ -24,7 +24,7 @@ from revdist.reversible.demotion import LiveRecords
 from revdist.reversible.operator import Operator, Streams, operators_of
 from revdist.reversible.record import Record
 from revdist.reversible.replay import is_inside_operator
-from revdist.reversible.saved import Trace, are_hooks_in_force
+from revdist.reversible.trace import Trace, are_hooks_in_force
 
 
 class Event(NamedTuple):

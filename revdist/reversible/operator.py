@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from revdist.planning.costs import Mode
 from revdist.reversible.buffers import MutableBuffers
 from revdist.reversible.collectives import Communication
-from revdist.reversible.saved import Layout
+from revdist.reversible.trace import Layout
 
 if TYPE_CHECKING:
     from revdist.reversible.replay import Replay

@@ -7,7 +7,6 @@ there too, but asks nobody.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import time
 from collections import deque
@@ -17,8 +16,7 @@ from typing import final
 import torch
 import torch.distributed as dist
 
-from revdist.config import RunConfig
-from revdist.devices.device import Device, MemoryMeter
+from revdist.devices.device import MemoryMeter
 from revdist.planning.costs import Plan
 from revdist.training.agreement import (
     Agreement,
@@ -30,32 +28,13 @@ from revdist.training.agreement import (
     next_group,
 )
 from revdist.training.data import slice_of
-from revdist.training.late_profile import LateProfile
-from revdist.training.local_planner import LocalPlanner
-from revdist.training.local_step import LocalStep, Outcome
-from revdist.training.memory import MemoryView
+from revdist.training.local_step import Outcome
 from revdist.training.non_finite import Tolerance, non_finite_losses
 from revdist.training.optimizer import learning_rate_factor, set_learning_rate
 from revdist.training.orders import Inbox, Regroup, Shares
-from revdist.training.parts import Parts
-from revdist.training.replicated import Replicated
 from revdist.training.reports import Outbox, PlanReport, StepReport, TellEvent
 from revdist.training.row import Row
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """Everything that the steps of a replica work on."""
-
-    config: RunConfig
-    device: Device
-    parts: Parts
-    replicated: Replicated
-    local: LocalStep
-    optimizer: torch.optim.Optimizer
-    planner: LocalPlanner
-    memory: MemoryView
-    late_profile: LateProfile
+from revdist.training.trained import Trained
 
 
 class Pause(enum.Enum):

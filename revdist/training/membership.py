@@ -19,10 +19,11 @@ import torch.distributed as dist
 
 from revdist.errors import RunFailed
 from revdist.training.group import Group, is_broken
-from revdist.training.loop import Loop, Trained
+from revdist.training.loop import Loop
 from revdist.training.orders import Inbox, Regroup
 from revdist.training.reports import BrokenReport, Outbox, StepReport
 from revdist.training.state import digest, send_state
+from revdist.training.trained import Trained
 
 _log = logging.getLogger(__name__)
 

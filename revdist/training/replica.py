@@ -27,20 +27,18 @@ from revdist.training.checkpoint_files import checkpoints
 from revdist.training.evaluation import evaluate
 from revdist.training.group import Group, announce, is_broken
 from revdist.training.late_profile import LateProfile
-from revdist.training.local_planner import LocalPlanner
-from revdist.training.local_step import LocalStep
-from revdist.training.loop import Loop, Pause, Trained
+from revdist.training.loop import Loop, Pause
 from revdist.training.membership import Membership
-from revdist.training.memory import MemoryView, MemoryWatch
-from revdist.training.optimizer import build_optimizer, coming_state_bytes, state_bytes, step_peak_bytes
+from revdist.training.memory import MemoryWatch
+from revdist.training.optimizer import build_optimizer
 from revdist.training.orders import Assignment, Inbox
 from revdist.training.parts import Parts, build_parts
 from revdist.training.profiling import Profiling, sizes_to_profile
-from revdist.training.replicated import Replicated
 from revdist.training.reports import CurveReport, EndReport, EventReport, FailureReport, Outbox, ProfileReport, Score
 from revdist.training.saving import Saver
 from revdist.training.shortage import explain_shortage
 from revdist.training.state import digest
+from revdist.training.trained import Trained
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -202,7 +200,17 @@ class Replica:
                 self._group.join(self._assignment.rendezvous)
             pooled = profiling.pool(profiles)
             late = self._late_profile(profiling, profiles, sizes if at_once else ())
-            trained = self._lay_out(parts, pooled, late, first_micro_batch=min(sizes))
+            optimizer = build_optimizer(self._config.optimizer, parts.trainable)
+            trained = Trained.laid_out(
+                self._config,
+                self._device,
+                parts,
+                optimizer,
+                resume=lambda: self._resume(parts, optimizer),
+                profiles=pooled,
+                late_profile=late,
+                first_micro_batch=min(sizes),
+            )
             self._saver.remember(profiling.known)
         except torch.OutOfMemoryError as error:
             raise self._explained() from error
@@ -277,43 +285,10 @@ class Replica:
     def _explained(self) -> UsageError:
         return explain_shortage(self._config, self._device, self._free_bytes, self._assignment.data)
 
-    def _lay_out(
-        self, parts: Parts, profiles: tuple[Profile, ...], late: LateProfile, *, first_micro_batch: int
-    ) -> Trained:
-        """Everything whose memory no plan changes, in place, and the planner for the rest."""
-        optimizer = build_optimizer(self._config.optimizer, parts.trainable)
-        replicated = Replicated(parts.model, parts.loss_fn, self._config.precision)
-        local = LocalStep(
-            replicated, parts.chain, self._device, precision=self._config.precision, seed=self._config.seed
-        )
+    def _resume(self, parts: Parts, optimizer: torch.optim.Optimizer) -> None:
+        """Take up the state of the newest checkpoint where the run goes on; a newcomer gets that of a survivor."""
         if self._assignment.resume and self._assignment.rendezvous is not None:
             self._step = self._saver.resume(parts, optimizer, rank=self.rank)
-        meter = self._device.meter()
-        between_bytes = max(step_peak_bytes(self._config.optimizer, parts.trainable, meter), replicated.rebuild_bytes)
-        coming = coming_state_bytes(self._config.optimizer, parts.trainable) - state_bytes(optimizer)
-        fixed_bytes = meter.allocated_bytes() + max(0, coming)
-        planner = LocalPlanner(
-            self._config,
-            profiles,
-            device=self._device.uuid,
-            device_name=self._device.name,
-            fixed_bytes=fixed_bytes,
-            step_peak_bytes=between_bytes,
-            options=parts.chain.options(),
-            first_micro_batch=first_micro_batch,
-        )
-        parts.chain.never_inverted = planner.never_inverted
-        return Trained(
-            config=self._config,
-            device=self._device,
-            parts=parts,
-            replicated=replicated,
-            local=local,
-            optimizer=optimizer,
-            planner=planner,
-            memory=MemoryView(self._config, self._device, fixed_bytes=fixed_bytes),
-            late_profile=late,
-        )
 
     def _watch(self, trained: Trained, loop: Loop) -> MemoryWatch:
         def replanned(reason: str) -> None:

@@ -193,6 +193,7 @@ class Replicated:
         self._reduced.add(id(parameter))
         self.compute_ended_s = time.perf_counter()
         if len(self._reduced) == len(self.parameters):
+            self._reducing = False  # a backward between this step and the next, to measure, hands nothing in
             # Runs when DDP has handed in its last bucket, and before DDP waits for the other ranks'.
             torch.autograd.Variable._execution_engine.queue_callback(self._on_their_way)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from revdist.planning.costs import Mode
 from revdist.reversible import AdditiveCoupling, AffineCoupling, ReversibleChain
-from revdist.reversible.record import Record
+from revdist.reversible.saved_tensors import SavedTensors
 
 ALL = 2**60
 
@@ -109,13 +109,13 @@ def packs(monkeypatch):
     """What the chain's hooks have been given."""
     seen = []
     for name in ("_keep", "_note"):
-        original = getattr(Record, name)
+        original = getattr(SavedTensors, name)
 
-        def spied(record, tensor, original=original):
-            seen.append(record.operator.name)
-            return original(record, tensor)
+        def spied(saved, tensor, original=original):
+            seen.append(saved._operator.name)
+            return original(saved, tensor)
 
-        monkeypatch.setattr(Record, name, spied)
+        monkeypatch.setattr(SavedTensors, name, spied)
     return seen
 
 
