@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import PATIENCE_S, on_ranks, rendezvous
+from group_ranks import PATIENCE_S, on_ranks, rendezvous
 
 from revdist.training.connections import PeersLost
 from revdist.training.group import Group, is_broken

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks, rendezvous
+from group_ranks import on_ranks, rendezvous
 from torch import nn
 
 from revdist.training.agreement import Agreement
