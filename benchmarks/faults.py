@@ -20,6 +20,7 @@ from rich.console import Console
 
 from benchmarks.provenance import RESULTS, provenance
 from benchmarks.recovery import subjects
+from benchmarks.recovery.fault import FAULTS, Fault
 from benchmarks.recovery.result import Finding, Result, cell
 from benchmarks.recovery.subjects import SUBJECTS, Subject, environment
 from benchmarks.recovery.watching import Step, end, pause, wait_for
@@ -35,16 +36,13 @@ LIMIT_S = 45.0
 MEMORY_LEFT = 0.75
 """Part of what a plan needs that is left for the next one."""
 METHOD = (
-    "Two workers on one machine train a small RevNet, 16 images a step, each launched its own way. A fault is done "
-    "from outside after 65 steps, half-way between checkpoints. The pause is the longest time around it without a "
-    "completed step, less a usual step; steps lost are those taken a second time (torchrun and Ray Train go back to "
-    "a checkpoint, saved here every 10 steps). torchft and revdist give a silent worker up after "
+    "Two workers on one machine, three where two are killed, train a small RevNet, 16 images a step, each launched its "
+    "own way. A fault is done from outside after 65 steps, half-way between checkpoints. The pause is the longest time "
+    "around it without a completed step, less a usual step; steps lost are those taken a second time (torchrun and Ray "
+    "Train go back to a checkpoint, saved here every 10 steps). torchft and revdist give a silent worker up after "
     f"{subjects.HEARTBEAT_S:.0f} s, torchft's collectives time out after 5 s; the others are as they come. "
     "Ranges are over rounds."
 )
-
-KILL_WORKER, KILL_FIRST, FREEZE, REPLAN = "worker kill -9", "rank 0 kill -9", "worker frozen", "live replan of one rank"
-SIGNALS = {KILL_WORKER: (1, signal.SIGKILL), KILL_FIRST: (0, signal.SIGKILL), FREEZE: (1, signal.SIGSTOP)}
 
 
 class NotStarted(Exception):
@@ -56,20 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, as Ctrl-C does
     console = Console(width=170)
     chosen = [subject for subject in SUBJECTS if not options.only or subject.key in options.only]
+    faults = [fault for fault in FAULTS if not options.faults or fault.key in options.faults]
     findings = []
     with console.status("") as status:
         for number in range(options.rounds):
-            for fault in (*SIGNALS, REPLAN):
+            for fault in faults:
                 for subject in chosen:
-                    status.update(f"round {number + 1}: {fault}, {subject.label}")
+                    status.update(f"round {number + 1}: {fault.name}, {subject.label}")
                     finding = examine(subject, fault, limit_s=options.limit)
                     findings.append(finding)
-                    console.print(f"{fault}, {subject.label}: {cell([finding])}", highlight=False)
+                    console.print(f"{fault.name}, {subject.label}: {cell([finding])}", highlight=False)
     versions = [name for subject in chosen for name in subject.packages if _missing(subject) is None]
     result = Result(
         about=provenance({"revdist", "torch", *versions}) | {"command": COMMAND, "method": METHOD},
         subjects=tuple(subject.label for subject in chosen),
-        faults=(*SIGNALS, REPLAN),
+        faults=tuple(fault.name for fault in faults),
         findings=tuple(findings),
     )
     for table in result.tables():
@@ -78,56 +77,58 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print("written: " + ", ".join(map(str, paths)))
 
 
-def examine(subject: Subject, fault: str, *, limit_s: float) -> Finding:
+def examine(subject: Subject, fault: Fault, *, limit_s: float) -> Finding:
     """Start a training, do one fault to it, and see what it costs."""
     missing = _missing(subject)
     if missing is not None:
-        return Finding(subject=subject.label, fault=fault, pause=None, note=f"{missing} is not installed")
-    if fault == REPLAN and not subject.replans:
-        return Finding(subject=subject.label, fault=fault, pause=None, note="only by a restart")
+        return Finding(subject=subject.label, fault=fault.name, pause=None, note=f"{missing} is not installed")
+    if fault.signal is None and not subject.replans:
+        return Finding(subject=subject.label, fault=fault.name, pause=None, note="only by a restart")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
             return _examine(subject, fault, folder, limit_s)
         except NotStarted as error:
             print(error, file=sys.stderr)
-            return Finding(subject=subject.label, fault=fault, pause=None, note="did not start")
+            return Finding(subject=subject.label, fault=fault.name, pause=None, note="did not start")
         finally:
             end(name)
 
 
-def _examine(subject: Subject, fault: str, folder: Path, limit_s: float) -> Finding:
+def _examine(subject: Subject, fault: Fault, folder: Path, limit_s: float) -> Finding:
     began_s = time.time()
-    subject.launch(folder, environment(folder))
+    subject.launch(folder, environment(folder), fault.num_workers)
     if not wait_for(lambda: _reached(subject.steps(folder), WARM_STEPS), patience_s=START_S):
         raise NotStarted(f"{subject.label} took no {WARM_STEPS} steps in {START_S:.0f} s:\n{_outputs(folder)}")
     first_step_s = subject.steps(folder)[0].time - began_s
-    fault_s = _take_memory(folder) if fault == REPLAN else _signal(subject, fault, folder)
+    fault_s = _take_memory(fault, folder) if fault.signal is None else _signal(subject, fault, folder)
     goes_on = wait_for(lambda: _goes_on(subject.steps(folder), fault_s), patience_s=limit_s)
     return Finding(
         subject=subject.label,
-        fault=fault,
+        fault=fault.name,
         pause=pause(subject.steps(folder), fault_s) if goes_on else None,
         limit_s=limit_s,
         first_step_s=first_step_s,
     )
 
 
-def _signal(subject: Subject, fault: str, folder: Path) -> float:
-    rank, number = SIGNALS[fault]
-    pid = subject.pid(folder, rank)
-    if pid is None:
-        raise NotStarted(f"{subject.label} has no process of rank {rank}:\n{_outputs(folder)}")
+def _signal(subject: Subject, fault: Fault, folder: Path) -> float:
+    assert fault.signal is not None
+    pids = [pid for rank in fault.ranks if (pid := subject.pid(folder, rank)) is not None]
+    if len(pids) < len(fault.ranks):
+        raise NotStarted(f"{subject.label} has no process of some rank of {fault.ranks}:\n{_outputs(folder)}")
     fault_s = time.time()
-    os.kill(pid, number)
+    for pid in pids:
+        os.kill(pid, fault.signal)
     return fault_s
 
 
-def _take_memory(folder: Path) -> float:
-    """Let another process take so much of rank 1's memory that its plan no longer fits; returns when one does again."""
-    plan = [plan for plan in RunReader(folder / "run").plans() if plan["rank"] == 1][-1]
+def _take_memory(fault: Fault, folder: Path) -> float:
+    """Let another process take so much of a rank's memory that its plan no longer fits; returns when one does again."""
+    (rank,) = fault.ranks
+    plan = [plan for plan in RunReader(folder / "run").plans() if plan["rank"] == rank][-1]
     take = plan["budget_bytes"] - int(MEMORY_LEFT * plan["schedule"]["need_bytes"])
-    subjects.start_co_tenant("cpu-1", take, folder)
+    subjects.start_co_tenant(f"cpu-{rank}", take, folder)
     adopted: list[float] = []
 
     def is_adopted() -> bool:
@@ -167,6 +168,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds to wait for steps to go on")
     parser.add_argument("--only", nargs="+", choices=[subject.key for subject in SUBJECTS], metavar="LAUNCHER")
+    parser.add_argument("--faults", nargs="+", choices=[fault.key for fault in FAULTS], metavar="FAULT")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     return parser.parse_args(arguments)
 

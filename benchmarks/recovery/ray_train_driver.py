@@ -36,13 +36,13 @@ def train(config: dict[str, Any]) -> None:
                 ray.train.report({"step": training.step}, checkpoint=saved)
 
 
-def main(folder: str) -> None:
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+def main(folder: str, num_workers: int) -> None:
+    ray.init("local", num_cpus=num_workers + 2, include_dashboard=False, log_to_driver=False)
     TorchTrainer(
         train,
         train_loop_config={"folder": folder},
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers),
         run_config=ray.train.RunConfig(
             storage_path=folder,
             name="run",
@@ -53,4 +53,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

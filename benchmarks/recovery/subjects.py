@@ -20,7 +20,6 @@ from revdist.devices import list_devices
 from revdist.training.run_directory import RunReader
 
 HERE = Path(__file__).parent
-NUM_WORKERS = 2
 HEARTBEAT_S = 2.0
 
 
@@ -32,8 +31,8 @@ class Subject:
     label: str
     packages: tuple[str, ...]
     """Distributions that have to be installed."""
-    launch: Callable[[Path, Mapping[str, str]], None]
-    """Start it in a folder with an environment, and come back."""
+    launch: Callable[[Path, Mapping[str, str], int], None]
+    """Start it in a folder with an environment, for so many workers, and come back."""
     steps: Callable[[Path], list[Step]] = steps_of_logs
     pid: Callable[[Path, int], int | None] = pid_of_log
     replans: bool = False
@@ -54,35 +53,35 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def _torchrun(folder: Path, env: Mapping[str, str]) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_WORKERS}", "--max-restarts=3"]
+def _torchrun(folder: Path, env: Mapping[str, str], num_workers: int) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_workers}", "--max-restarts=3"]
     _start([*torchrun, str(HERE / "torchrun_worker.py"), str(folder)], folder, env)
 
 
-def _torchrun_own_store(folder: Path, env: Mapping[str, str]) -> None:
-    _torchrun(folder, {**env, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+def _torchrun_own_store(folder: Path, env: Mapping[str, str], num_workers: int) -> None:
+    _torchrun(folder, {**env, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, num_workers)
 
 
-def _ray_train(folder: Path, env: Mapping[str, str]) -> None:
-    _start([str(HERE / "ray_train_driver.py"), str(folder)], folder, env)
+def _ray_train(folder: Path, env: Mapping[str, str], num_workers: int) -> None:
+    _start([str(HERE / "ray_train_driver.py"), str(folder), str(num_workers)], folder, env)
 
 
-def _torchft(folder: Path, env: Mapping[str, str]) -> None:
+def _torchft(folder: Path, env: Mapping[str, str], num_workers: int) -> None:
     port = _free_port()
     lighthouse = Path(sys.executable).with_name("torchft_lighthouse")
     beat = [f"--heartbeat_timeout_ms={HEARTBEAT_S * 1000:.0f}", "--join_timeout_ms=1000", "--quorum_tick_ms=50"]
     _start([f"--bind=127.0.0.1:{port}", "--min_replicas=1", *beat], folder, env, program=str(lighthouse))
-    for rank in range(NUM_WORKERS):
+    for rank in range(num_workers):
         env = {**env, "TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{port}"}
-        _start([str(HERE / "torchft_worker.py"), str(folder), str(rank)], folder, env)
+        _start([str(HERE / "torchft_worker.py"), str(folder), str(rank), str(num_workers)], folder, env)
 
 
-def _revdist(folder: Path, env: Mapping[str, str]) -> None:
-    (folder / "run.json").write_text(json.dumps(_revdist_config()), encoding="utf-8")
+def _revdist(folder: Path, env: Mapping[str, str], num_workers: int) -> None:
+    (folder / "run.json").write_text(json.dumps(_revdist_config(num_workers)), encoding="utf-8")
     _start(["-m", "revdist.cli", "launch", str(folder / "run.json"), "--run-dir", str(folder / "run")], folder, env)
 
 
-def _revdist_config() -> dict[str, Any]:
+def _revdist_config(num_workers: int) -> dict[str, Any]:
     capacity = "64MiB"
     return {
         "name": "recovery",
@@ -93,7 +92,7 @@ def _revdist_config() -> dict[str, Any]:
         "steps": ENDLESS,
         "evaluate": False,
         "tensorboard": False,
-        "devices": [{"kind": "cpu", "name": f"cpu-{rank}", "capacity": capacity} for rank in range(NUM_WORKERS)],
+        "devices": [{"kind": "cpu", "name": f"cpu-{rank}", "capacity": capacity} for rank in range(num_workers)],
         "faults": {"heartbeat_s": HEARTBEAT_S},
         # A part of what is free would make the budget another one as memory is taken away.
         "memory": {"fragmentation": 0.0},

@@ -1,4 +1,4 @@
-"""One replica of the training under torchft: `torchft_worker.py FOLDER RANK`, coordinated at TORCHFT_LIGHTHOUSE."""
+"""A replica of the training under torchft, that knows its lighthouse: `torchft_worker.py FOLDER RANK NUM_RANKS`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.recovery.training import ENDLESS, Training
 TIMEOUT = timedelta(seconds=5)
 
 
-def main(folder: str, rank: int) -> None:
+def main(folder: str, rank: int, num_ranks: int) -> None:
     training = Training(folder, rank=rank)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
@@ -40,7 +40,7 @@ def main(folder: str, rank: int) -> None:
     optimizer = Optimizer(manager, training.optimizer)
     while training.step < ENDLESS:
         optimizer.zero_grad()
-        training.loss(model, world_size=2).backward()
+        training.loss(model, world_size=num_ranks).backward()
         before = manager.current_step()
         optimizer.step()
         if manager.current_step() > before:  # else the step was given up and is taken again
@@ -49,4 +49,4 @@ def main(folder: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
