@@ -22,6 +22,7 @@ from revdist.cluster.records import device_records, event_record, replan_record,
 from revdist.cluster.rehearsal import Rehearsal
 from revdist.cluster.restarting import Restarter
 from revdist.cluster.shares import ShareKeeper
+from revdist.cluster.signals import stopped_at_start
 from revdist.config import RunConfig
 from revdist.errors import NoFreeDevice, Preempted, RevdistError, RunFailed
 from revdist.planning.costs import Plan
@@ -284,8 +285,7 @@ class Controller:
         if reason is None:
             return
         if not self.started:
-            what = "nothing was written" if self._origin is None else "go on from the last checkpoint with --resume"
-            raise Preempted(f"stopped by {reason} before the first step: {what}", signal=reason)
+            raise stopped_at_start(reason, resumable=bool(checkpoints(self._checkpoint_folder)))
         if self._stop_by_s is None:
             self._stop_by_s = time.monotonic() + _SAVE_S
             self._event(run_event("preempted", self._step, f"{reason}: saving at the next step boundary"))

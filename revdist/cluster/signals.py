@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import final
 
+from revdist.errors import Preempted
+
 
 @final
 class StopRequest:
@@ -46,3 +48,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stopped_at_start(reason: str, *, resumable: bool) -> Preempted:
+    """The error of a run that is told to stop before the first step. resumable: there is a checkpoint to go on from."""
+    what = "go on from the last checkpoint with --resume" if resumable else "nothing was written"
+    return Preempted(f"stopped by {reason} before the first step: {what}", signal=reason)

@@ -16,7 +16,7 @@ from revdist.cluster.head import HeadWatch
 from revdist.cluster.local import addresses, ray_cluster, session_folder
 from revdist.cluster.observer import Observer, Observers
 from revdist.cluster.run_record import RAY_SESSION
-from revdist.cluster.signals import StopRequest, stop_on_signals
+from revdist.cluster.signals import StopRequest, stop_on_signals, stopped_at_start
 from revdist.config import RunConfig
 from revdist.devices.reading import Reading
 from revdist.errors import ConfigError, NoFreeDevice, Preempted
@@ -149,7 +149,13 @@ class Trainer:
         crew = self._find(claim, observer)
         if crew is None and claim.orphans is not None:
             crew = self._start_after_loss(claim, observer, restarter)
-        crew = crew or self._start(claim, observer, assign, functools.partial(_leave_if_asked, stop_reason))
+
+        def leave_if_asked() -> None:
+            reason = stop_reason()
+            if reason is not None:
+                raise stopped_at_start(reason, resumable=self.resume)
+
+        crew = crew or self._start(claim, observer, assign, leave_if_asked)
         from revdist.cluster.controller import Controller  # while replicas load
 
         controller: Controller | None = None
@@ -339,10 +345,3 @@ class Trainer:
 def _addresses(places: Sequence[Place], fleet: Fleet) -> dict[int, str]:
     """What each actor of a new fleet opens and listens on."""
     return {member: place.address for member, place in zip(fleet.members, places, strict=True)}
-
-
-def _leave_if_asked(stop_reason: Callable[[], str | None]) -> None:
-    """Raise Preempted where the run is to stop before its first step."""
-    reason = stop_reason()
-    if reason is not None:
-        raise Preempted(f"stopped by {reason} before the first step: nothing was written", signal=reason)
