@@ -8,6 +8,7 @@ import fcntl
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -115,6 +116,7 @@ class RunClaim(Observer):
         self._lock: int | None = None
         self._made: list[Path] = []
         self._environment: dict[str, str | None] = {}
+        self._changing = threading.Lock()
         before = read_record(run_dir)
         self.orphans = before.run_id if before is not None and is_orphaned(run_dir) else None
         """The run whose replicas may live on: its driver was killed."""
@@ -145,10 +147,14 @@ class RunClaim(Observer):
         return self
 
     def update(self, **changes: Any) -> None:
-        """Write down something new about the session, as fields of its record. A full disk does not end the run."""
-        self.record = dataclasses.replace(self.record, **changes)
-        with contextlib.suppress(OSError):
-            write_record(self.run_dir, self.record)
+        """Write down something new about the session, as fields of its record, from any thread.
+
+        A full disk does not end the run.
+        """
+        with self._changing:
+            self.record = dataclasses.replace(self.record, **changes)
+            with contextlib.suppress(OSError):
+                write_record(self.run_dir, self.record)
 
     def on_step(self, metrics: Mapping[str, Any]) -> None:
         """The run is under way from its first step on."""

@@ -8,7 +8,7 @@ themselves, at the same step. It runs in the driver's thread and calls the obser
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
@@ -252,7 +252,7 @@ class Controller:
         self._writer.create(self._config)
         starts = [event["step"] for event in RunReader(self._writer.path).events() if event["kind"] == "start"]
         self._origin = starts[-1] if starts else -1
-        self._last = next(iter(deque(RunReader(self._writer.path).metrics(), maxlen=1)), None)
+        self._last = RunReader(self._writer.path).last_step()
         for member, standing in crew.standings.items():
             if standing.plan is not None:
                 self._plans[member].append(standing.plan)

@@ -50,6 +50,15 @@ class Lost:
     detail: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Known:
+    """An actor of a run, and where it is."""
+
+    actor: Any
+    address: str
+    """Of its host."""
+
+
 def hosts(group: PlacementGroup | None = None) -> list[Host]:
     """Hosts of the cluster with what Ray has free on them, the driver's own first.
 
@@ -114,6 +123,7 @@ class Fleet:
         self._placement_group = placement_group
         self._run_id = run_id
         self._actors: dict[int, Any] = {}
+        self._addresses: dict[int, str] = {}
         self._last: dict[int, int] = {}
         self._waiting: dict[Any, int] = {}
         self._hearts: dict[int, _Heart] = {}
@@ -128,19 +138,26 @@ class Fleet:
     def members(self) -> tuple[int, ...]:
         return tuple(self._actors)
 
+    @property
+    def known(self) -> dict[int, Known]:
+        """The actors of all members. May be asked from any thread."""
+        return {member: Known(actor, self._addresses[member]) for member, actor in dict(self._actors).items()}
+
     def add(self, place: Place) -> int:
         """Start another actor; returns its member number at once."""
         member, self._next = self._next, self._next + 1
         name = None if self._run_id is None else f"{self._run_id}-{member}"
+        self._addresses[member] = place.address
         self._actors[member] = _create(place, self._threads, name, self._placement_group)
         self._last[member] = 0
         return member
 
-    def take_over(self, actors: Mapping[int, Any], *, next_member: int) -> None:
+    def take_over(self, known: Mapping[int, Known], *, next_member: int) -> None:
         """Supervise actors that another process started. They report what has not been acknowledged."""
         self._next = next_member
-        for member, actor in actors.items():
-            self._actors[member] = actor
+        for member, one in known.items():
+            self._addresses[member] = one.address
+            self._actors[member] = one.actor
             self._last[member] = 0
             self._ask(member)
 
@@ -318,8 +335,17 @@ class Fleet:
                 heart.asked_s, heart.question = now_s, self._actors[member].answer.remote()
 
 
+def settings() -> dict[str, str]:
+    """The driver's settings, which every process of the run shares."""
+    return {name: value for name, value in os.environ.items() if name.startswith("REVDIST_")}
+
+
+def orphan_s() -> float:
+    """Seconds for which a process of a detached run waits for a supervisor before it leaves."""
+    return float(os.environ.get(ORPHAN_S, _ORPHAN_S))
+
+
 def _create(place: Place, threads: int, name: str | None, group: PlacementGroup | None) -> Any:
-    environment = {name: value for name, value in os.environ.items() if name.startswith("REVDIST_")}
     options: dict[str, Any] = {
         "num_cpus": threads,
         "num_gpus": 1 if place.spec.kind == "cuda" else 0,
@@ -330,9 +356,8 @@ def _create(place: Place, threads: int, name: str | None, group: PlacementGroup 
     }
     if name is not None:
         options |= {"name": name, "namespace": NAMESPACE, "lifetime": "detached"}
-    orphan_s = None if name is None else float(os.environ.get(ORPHAN_S, _ORPHAN_S))
     return (
         ray.remote(ReplicaActor)
         .options(**options)
-        .remote(place, environment, [path for path in sys.path if path], orphan_s)
+        .remote(place, settings(), [path for path in sys.path if path], None if name is None else orphan_s())
     )

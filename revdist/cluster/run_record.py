@@ -52,6 +52,8 @@ class RunRecord:
     """Folder of the cluster's logs and sockets, where it is the run's own."""
     metrics_url: str = ""
     """Where Ray on the driver's host offers the run's metrics to Prometheus."""
+    deputy: str = ""
+    """Host that goes on with the run where the driver's is lost; empty: there is none."""
     ended_s: float | None = None
     exit_code: int | None = None
     error: tuple[str, ...] = ()

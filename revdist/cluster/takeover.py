@@ -7,7 +7,9 @@ by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -15,20 +17,33 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from revdist.cluster.actor import Standing
 from revdist.cluster.crew import Crew
-from revdist.cluster.fleet import NAMESPACE, Fleet
+from revdist.cluster.fleet import NAMESPACE, Fleet, Known
 from revdist.cluster.groups import Groups, new_prefix
 
 _ANSWER_S = 10.0
 """Longest wait for the first replica that answers."""
 
 
-def find(run_id: str, *, threads: int, heartbeat_s: float) -> Crew | None:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Heritage:
+    """What a deputy knows of a run that it takes over: it need not ask the Ray head, which may be lost too."""
+
+    known: Mapping[int, Known]
+    lost: frozenset[int]
+    """Those of them that were on the host that is lost."""
+    addresses: Mapping[str, str]
+    """As `revdist.cluster.local.addresses` tells them on the deputy's host."""
+
+
+def find(run_id: str, *, threads: int, heartbeat_s: float, heritage: Heritage | None = None) -> Crew | None:
     """The replicas of a run that are alive in the connected cluster; None where there are none.
 
     Those that had not joined yet, and those that do not answer within `heartbeat_s` of the first, are ended.
+    heritage: what is known of them already; None: the Ray head is asked.
     """
-    actors = _actors(run_id)
-    calls = {member: actor.standing.remote() for member, actor in actors.items()}
+    actors = _actors(run_id) if heritage is None else {m: one.actor for m, one in heritage.known.items()}
+    lost = frozenset[int]() if heritage is None else heritage.lost
+    calls = {member: actor.standing.remote() for member, actor in actors.items() if member not in lost}
     if not calls:
         return None
     _, silent = ray.wait(list(calls.values()), num_returns=1, timeout=_ANSWER_S)
@@ -39,12 +54,18 @@ def find(run_id: str, *, threads: int, heartbeat_s: float) -> Crew | None:
         standing = _answer(call)
         if standing is not None and standing.shares is not None:
             standings[member] = standing
-        else:
-            ray.kill(actors[member])
     if not standings:
+        for actor in actors.values():
+            ray.kill(actor)
         return None
     fleet = Fleet((), threads=threads, run_id=run_id)
-    fleet.take_over({member: actors[member] for member in standings}, next_member=max(actors) + 1)
+    addresses = {member: standing.place.address for member, standing in standings.items()}
+    fleet.take_over(
+        {member: Known(actor, addresses.get(member, "")) for member, actor in actors.items()},
+        next_member=max(actors) + 1,
+    )
+    for member in actors.keys() - standings.keys():
+        fleet.forget(member)
     newest = max(standing.group for standing in standings.values())
     by_rank = {standing.rank: member for member, standing in standings.items() if standing.group == newest}
     world_size = max(standings[member].world_size for member in by_rank.values())
@@ -63,23 +84,33 @@ def next_member(run_id: str) -> int:
 
 
 def end(run_id: str) -> int:
-    """Kill the replicas of a run that outlived its driver, in the connected cluster; returns how many there were."""
+    """Kill what outlived the driver of a run, in the connected cluster; returns how many replicas there were."""
+    for deputy in _named(deputy_name(run_id, "")).values():  # before it takes over
+        ray.kill(deputy)
     actors = _actors(run_id)
     for actor in actors.values():
         ray.kill(actor)
     return len(actors)
 
 
+def deputy_name(run_id: str, node_id: str) -> str:
+    """Of the actor that stands by for a run on a node of the cluster."""
+    return f"deputy-{run_id}-{node_id[:12]}"
+
+
 def _actors(run_id: str) -> dict[int, Any]:
-    prefix = f"{run_id}-"
+    """By member number."""
+    return {int(rest): actor for rest, actor in _named(f"{run_id}-").items()}
+
+
+def _named(prefix: str) -> dict[str, Any]:
+    """Actors that outlive their drivers, by what follows `prefix` in their names."""
     listed: Sequence[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
     names = [one["name"] for one in listed if one["namespace"] == NAMESPACE and one["name"].startswith(prefix)]
     found = {}
     for name in names:
-        try:
-            found[int(name.removeprefix(prefix))] = ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError:  # it has died since it was listed
-            continue
+        with contextlib.suppress(ValueError):  # it has died since it was listed
+            found[name.removeprefix(prefix)] = ray.get_actor(name, namespace=NAMESPACE)
     return found
 
 

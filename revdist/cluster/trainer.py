@@ -7,6 +7,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from revdist.cluster.fleet import Fleet
     from revdist.cluster.placement import Place
     from revdist.cluster.restarting import Restarter
+    from revdist.cluster.takeover import Heritage
     from revdist.planning.costs import Plan
     from revdist.training.orders import Assignment, Rendezvous
 
@@ -98,17 +100,24 @@ class Trainer:
         """
         run_dir = self.choose_run_dir()
         self.check()
+        return self._run(run_dir)
+
+    def take_over(self, heritage: Heritage) -> Result:
+        """Go on with a run whose supervisor's host is lost, from another one. Raises as `fit`."""
+        return self._run(self.choose_run_dir(), heritage)
+
+    def _run(self, run_dir: Path, heritage: Heritage | None = None) -> Result:
         with (
             RunClaim(run_dir, name=self.config.name, log_dir=self.choose_log_dir(run_dir)) as claim,
             ray_cluster(self.address, num_workers=self.num_cores) as own_ray,
             stop_on_signals() as stop,
         ):
-            found = addresses()
+            found = addresses() if heritage is None else heritage.addresses
             session = session_folder() if own_ray else os.environ.get(RAY_SESSION, "")
             claim.update(own_ray=bool(session), ray_session=session, **found)
             try:
                 with HeadWatch(found["ray_address"], patience_s=self.config.faults.head_s) as head:
-                    return self._fit(claim, stop, head)
+                    return self._fit(claim, stop, head, heritage)
             except Preempted as error:
                 if error.facts.get("signal") == "SIGINT":
                     raise KeyboardInterrupt(error.message) from error
@@ -127,7 +136,7 @@ class Trainer:
             finally:
                 fleet.kill()
 
-    def _fit(self, claim: RunClaim, stop: StopRequest, head: HeadWatch) -> Result:
+    def _fit(self, claim: RunClaim, stop: StopRequest, head: HeadWatch, heritage: Heritage | None) -> Result:
         # Ray is connected by now, and its modules can be imported.
         from revdist.cluster.logs import LogFiles
         from revdist.cluster.metrics import RunMetrics
@@ -146,7 +155,7 @@ class Trainer:
             checkpoint_folder=self._checkpoint_folder(run_dir),
             stop_reason=stop_reason,
         )
-        crew = self._find(claim, observer)
+        crew = self._find(claim, observer, heritage)
         if crew is None and claim.orphans is not None:
             crew = self._start_after_loss(claim, observer, restarter)
 
@@ -160,17 +169,18 @@ class Trainer:
 
         controller: Controller | None = None
         try:
-            controller = Controller(
-                self.config,
-                crew,
-                writer,
-                observer,
-                assign=functools.partial(assign, len(crew.places)),
-                restarter=restarter,
-                checkpoint_folder=self._checkpoint_folder(run_dir),
-                stop_reason=stop_reason,
-            )
-            summary = controller.run()
+            with self._succession(claim, crew.fleet):
+                controller = Controller(
+                    self.config,
+                    crew,
+                    writer,
+                    observer,
+                    assign=functools.partial(assign, len(crew.places)),
+                    restarter=restarter,
+                    checkpoint_folder=self._checkpoint_folder(run_dir),
+                    stop_reason=stop_reason,
+                )
+                summary = controller.run()
             return Result(run_dir=run_dir, metrics=summary, plans=controller.final_plans)
         finally:
             if controller is not None:
@@ -180,14 +190,23 @@ class Trainer:
             if not head.is_gone:  # else Ray ends them, and cannot be asked to
                 crew.fleet.kill()
 
-    def _find(self, claim: RunClaim, observer: Observer) -> Crew | None:
+    def _succession(self, claim: RunClaim, fleet: Fleet) -> AbstractContextManager[object]:
+        """Keeps a deputy where replicas outlive their supervisor and may do so on other hosts."""
+        if not claim.record.detached or claim.record.own_ray:
+            return nullcontext()
+        from revdist.cluster.succession import Succession
+
+        return Succession(self.config, claim, Path(claim.record.log_dir), known=lambda: fleet.known)
+
+    def _find(self, claim: RunClaim, observer: Observer, heritage: Heritage | None) -> Crew | None:
         """The replicas of this run that outlived their driver; None where there are none, or none is alive."""
         if claim.orphans is None:
             return None
         from revdist.cluster.takeover import find
         from revdist.training.checkpoint_files import newest
 
-        crew = find(claim.orphans, threads=self.config.threads_per_worker, heartbeat_s=self.config.faults.heartbeat_s)
+        threads, heartbeat_s = self.config.threads_per_worker, self.config.faults.heartbeat_s
+        crew = find(claim.orphans, threads=threads, heartbeat_s=heartbeat_s, heritage=heritage)
         if crew is None and self.resume:
             newest(self._checkpoint_folder(claim.run_dir))
         if crew is not None:

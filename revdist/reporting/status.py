@@ -100,6 +100,7 @@ def status_mapping(status: RunStatus) -> dict[str, Any]:
         "host": record.host,
         "pid": record.process.pid,
         "detached": record.detached,
+        "deputy": record.deputy,
         "began_s": record.began_s,
         "ended_s": record.ended_s,
         "exit_code": record.exit_code,
@@ -140,6 +141,8 @@ def _headline(status: RunStatus) -> Text:
     text.append(f" · process {record.process.pid} on {record.host}", style="dim")
     if status.alive:
         text.append(f" · for {seconds(max(0.0, until_s - record.began_s))}", style="dim")
+        if record.deputy:
+            text.append(f" · deputy on {record.deputy}", style="dim")
     elif record.ended_s is not None:
         ended = time.strftime("%d %b %H:%M", time.localtime(record.ended_s))
         text.append(f" · {ended}, after {seconds(max(0.0, until_s - record.began_s))}", style="dim")

@@ -56,6 +56,9 @@ EVENT_KINDS = (
     "end",
 )
 
+_TAIL_BYTES = 64 * 2**10
+"""Of a file that is read from its end, to begin with."""
+
 
 def default_run_dir(name: str, now: datetime, parent: Path | None = None) -> Path:
     """`runs/<name>-<time>` under the current folder, with a number where that exists already."""
@@ -152,6 +155,12 @@ class RunReader:
     def metrics(self) -> Iterator[dict[str, Any]]:
         return self._lines("metrics")
 
+    def last_step(self) -> dict[str, Any] | None:
+        """The last line of metrics.jsonl, found without reading those before; None where there is none."""
+        path = self.path / "metrics.jsonl"
+        line = _last_line(path) if path.exists() else b""
+        return json.loads(line) if line else None
+
     def events(self) -> Iterator[dict[str, Any]]:
         return self._lines("events")
 
@@ -168,6 +177,19 @@ class RunReader:
             for line in file:
                 if line.endswith("\n"):  # the last line may be half written
                     yield json.loads(line)
+
+
+def _last_line(path: Path) -> bytes:
+    """The last whole line of a file; empty where there is none."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        block = _TAIL_BYTES
+        while True:
+            file.seek(max(0, size - block))
+            lines = file.read(min(block, size)).split(b"\n")[:-1]  # what follows the last line end is half written
+            if len(lines) > 1 or block >= size:
+                return lines[-1] if lines else b""
+            block *= 2
 
 
 def _remove_later(path: Path, step: int) -> int:

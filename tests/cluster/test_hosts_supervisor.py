@@ -1,8 +1,9 @@
-"""The host of the supervisor loses power: replicas on the others wait, are found from there, or save and leave."""
+"""The host of the supervisor loses power: its deputy goes on, or a driver by hand, or replicas save and leave."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import hosts
@@ -12,6 +13,8 @@ from host_runs import EVERY_STEPS, Run, assert_nothing_was_lost, launch, unharme
 from hosts import RAY_PORT, Host, Network
 from witness import hurry
 
+from revdist.cluster.run_record import RunRecord, read_record
+from revdist.errors import Preempted
 from revdist.training.checkpoint_files import newest_whole
 
 pytestmark = [
@@ -22,20 +25,34 @@ pytestmark = [
 ]
 
 
-def detached(network: Network, folder: Path, *, orphan_s: int) -> Run:
-    """A detached run that was launched on the second host, some steps under way."""
-    run = Run(network, folder, "--detach", number=1, environment={"REVDIST_ORPHAN_S": str(orphan_s)})
+def detached(network: Network, folder: Path, *, orphan_s: int = 60, number: int = 1) -> Run:
+    """A detached run, some steps under way. number: of the host that it was launched on."""
+    run = Run(network, folder, "--detach", number=number, environment={"REVDIST_ORPHAN_S": str(orphan_s)})
     run.wait_for_step(20)
+    run.wait_for("deputy", lambda: bool(record(run).deputy))
     assert {note["host"] for host in network.hosts for note in run.notes_of(host)} == {h.name for h in network.hosts}
     return run
 
 
-def lose(host: Host) -> None:
-    """The driver and its watchman run there, and end with it."""
+def record(run: Run) -> RunRecord:
+    found = read_record(run.folder / "run")
+    assert found is not None
+    return found
+
+
+def lose(host: Host, *, deputies: Sequence[psutil.Process] = ()) -> None:
+    """The driver and its watchman run there, and end with it. deputies: of theirs, which are lost as well."""
     drivers = [process for process in host.processes() if "revdist.cli" in command_line(process)]
     assert drivers
+    for deputy in deputies:
+        deputy.kill()
     host.power_off()
     assert not any(command_line(process) for process in drivers)
+
+
+def deputies(*hosts: Host) -> list[psutil.Process]:
+    """The processes on some hosts that could take a run over."""
+    return [process for host in hosts for process in host.processes() if "ray::Deputy" in command_line(process)]
 
 
 def resume(run: Run, host: Host) -> None:
@@ -56,12 +73,68 @@ def command_line(process: psutil.Process) -> str:
         return ""
 
 
+def test_a_deputy_on_another_host_goes_on_with_the_run(network: Network, tmp_path: Path) -> None:
+    run = detached(network, tmp_path / "it")
+    head, lost, other = network.hosts
+    assert record(run).host == lost.name
+    assert record(run).deputy == head.name
+    before = replicas(head) + replicas(other)
+    lose(lost)
+    run.wait_for("regrouping", lambda: bool(run.events("regroup")))
+    assert sorted(replicas(head) + replicas(other)) == sorted(before), "it did not go on from memory"
+    assert record(run).host == head.name
+    run.wait_for("deputy", lambda: record(run).deputy == other.name)  # it has one itself
+    hurry(run.folder)
+    run.wait_for("end", lambda: record(run).ended_s is not None)
+    assert record(run).exit_code == 0
+    assert len(run.events("supervisor")) == 1
+    assert not run.events("resumed")
+    assert len(run.done[-1]["ranks"]) == 2
+    run.wait_for("emptiness", lambda: not replicas(head) + replicas(other) + deputies(head, other))
+    assert_nothing_was_lost(run, unharmed(network, tmp_path / "alone"))
+
+
+def test_where_the_ray_head_is_lost_with_it_the_deputy_goes_on_and_saves_in_time(
+    network: Network, tmp_path: Path
+) -> None:
+    """Ray ends everything a minute after its head is gone; until then the run has gone on, saved and left."""
+    run = detached(network, tmp_path / "it", number=0)
+    head, *others = network.hosts
+    assert record(run).host == head.name
+    assert record(run).deputy in {host.name for host in others}
+    lose(head)
+    run.wait_for("regrouping", lambda: bool(run.events("regroup")))
+    regrouped = run.done[-1]["step"]
+    run.wait_for("end", lambda: record(run).ended_s is not None)
+    assert record(run).state == "stopped"
+    assert record(run).exit_code == Preempted.exit_code
+    assert [step["step"] for step in run.done] == list(range(1, run.done[-1]["step"] + 1))
+    assert run.done[-1]["step"] > regrouped
+    assert newest_whole(run.folder / "run" / "checkpoints").checkpoint.step == run.done[-1]["step"]
+    assert not run.events("resumed")
+
+
+def test_a_run_that_a_deputy_took_over_is_stopped_where_it_is_now(network: Network, tmp_path: Path) -> None:
+    run = detached(network, tmp_path / "it")
+    head, lost, other = network.hosts
+    lose(lost)
+    run.wait_for("regrouping", lambda: bool(run.events("regroup")))
+    elsewhere = other.revdist("stop", run.folder / "run")
+    assert elsewhere.returncode == 2
+    assert f"on {head.name}: stop it there" in " ".join(elsewhere.text.split())
+    stopped = head.revdist("stop", run.folder / "run")
+    assert stopped.returncode == 0, stopped.text
+    assert record(run).exit_code == Preempted.exit_code
+    assert newest_whole(run.folder / "run" / "checkpoints").checkpoint.step == run.done[-1]["step"]
+    assert not replicas(head) + replicas(other) + deputies(head, other)
+
+
 def test_a_driver_on_another_host_finds_the_replicas_that_are_left(network: Network, tmp_path: Path) -> None:
     run = detached(network, tmp_path / "it", orphan_s=60)
     head, lost, other = network.hosts
     before = replicas(head) + replicas(other)
     assert len(before) == 2
-    lose(lost)
+    lose(lost, deputies=deputies(head, other))
     notes_at_the_end = len(run.notes_of(lost))
     resume(run, other)
     run.wait_for("regrouping", lambda: bool(run.events("regroup")))
@@ -80,7 +153,7 @@ def test_where_nobody_comes_the_replicas_that_are_left_save_and_leave(network: N
     """They hang in a step with the lost one, whose end they need not see to save what they hold."""
     run = detached(network, tmp_path / "it", orphan_s=8)
     head, lost, other = network.hosts
-    lose(lost)
+    lose(lost, deputies=deputies(head, other))
     taken = run.done[-1]["step"]
     until_s = time.monotonic() + 60
     while replicas(head) + replicas(other):

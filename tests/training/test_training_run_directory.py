@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 
@@ -52,6 +53,20 @@ def test_a_half_written_line_is_not_read(tmp_path: Path) -> None:
     writer.close()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step":')
     assert list(RunReader(tmp_path).metrics()) == [{"step": 1}]
+
+
+@pytest.mark.parametrize("bytes_a_line", [10, 100_000])
+def test_the_last_step_is_found_from_the_end_of_the_file(tmp_path: Path, bytes_a_line: int) -> None:
+    (tmp_path / "config.yaml").touch()
+    reader = RunReader(tmp_path)
+    assert reader.last_step() is None
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step')
+    assert reader.last_step() is None
+    lines = [json.dumps({"step": step, "more": "x" * bytes_a_line}) + "\n" for step in range(1, 6)]
+    for number in range(1, len(lines) + 1):
+        metrics.write_text("".join(lines[:number]) + lines[0][:20])
+        assert (reader.last_step() or {})["step"] == number
 
 
 def test_nothing_exists_before_the_run_begins(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Who goes on with a run whose supervisor's host is lost: an actor on another host, which waits for just that.
+
+A deputy has loaded what a supervisor needs and knows the replicas, so that it goes on as soon as it is sure. It is sure
+where the supervisor is silent, nothing on its host answers, and the lock of the run directory is free: a supervisor
+that lives, cut off or not, holds that lock. One that was merely killed is started again by its watchman.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from revdist.cluster.fleet import Known
+from revdist.cluster.run_record import RUN_ID
+from revdist.config import RunConfig
+
+_TICK_S = 0.05
+_PROBE_S = 0.3
+"""Longest wait for the supervisor's host to take a connection."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """What a supervisor tells its deputy, and tells anew where it changes."""
+
+    known: Mapping[int, Known]
+    """The replicas, by member number."""
+    address: str
+    """Of the supervisor's host."""
+    port: int
+    """Where Ray listens on that host."""
+
+
+@final
+class Deputy:
+    """The Ray actor that stands by for one run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        log_dir: Path,
+        environment: Mapping[str, str],
+        paths: Sequence[str],
+        patience_s: float,
+    ) -> None:
+        """environment, paths: as of a replica's actor. patience_s: seconds of silence after which it leaves, as
+        replicas do that nobody supervises.
+        """
+        os.environ.update(environment)
+        sys.path.extend(path for path in paths if path not in sys.path)
+        self._config = config
+        self._run_dir = run_dir
+        self._log_dir = log_dir
+        self._patience_s = patience_s
+        self._heard_s = time.monotonic()
+        self._charge: Charge | None = None
+        self._addresses: dict[str, str] = {}
+
+    def prepare(self) -> str | None:
+        """Load what it takes to supervise; returns this host's name, None where it does not see the run directory."""
+        import revdist.cluster.controller
+        import revdist.cluster.trainer  # noqa: F401
+        from revdist.cluster.claim import is_superseded
+        from revdist.cluster.local import addresses
+
+        if not (self._run_dir / "config.yaml").exists() or is_superseded(self._run_dir, os.environ[RUN_ID]):
+            return None
+        self._heard_s = time.monotonic()
+        if self._addresses:  # another supervisor has come, and found it
+            return socket.gethostname()
+        self._addresses = addresses()
+        threading.Thread(target=self._watch, args=(_own_handle(),), name="revdist-deputy", daemon=True).start()
+        return socket.gethostname()
+
+    def hear(self, charge: Charge | None) -> None:
+        """The supervisor is there. charge: what it has to tell, where that has changed."""
+        self._heard_s = time.monotonic()
+        if charge is not None:
+            self._charge = charge
+
+    def lead(self) -> None:
+        """Supervise the run to its end, and leave. In the main thread, so that signals do what they do to a driver."""
+        from revdist.cluster.takeover import Heritage
+        from revdist.cluster.trainer import Trainer
+
+        charge = self._charge
+        assert charge is not None
+        lost = frozenset(member for member, one in charge.known.items() if one.address == charge.address)
+        trainer = Trainer(self._config, run_dir=self._run_dir, resume=True, log_dir=self._log_dir)
+        try:
+            trainer.take_over(Heritage(known=charge.known, lost=lost, addresses=self._addresses))
+        except BaseException:  # how it ended is in the run directory
+            _log.exception("the run that was taken over ended")
+        finally:
+            os._exit(0)
+
+    def _watch(self, own: Any) -> None:
+        from revdist.cluster.claim import is_orphaned
+
+        while not self._is_alone or not is_orphaned(self._run_dir):
+            if self._silent_s > self._patience_s:
+                os._exit(0)
+            time.sleep(_TICK_S)
+        own.lead.remote()
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the supervisor has been silent for long enough and its host does not answer either."""
+        heartbeat_s = self._config.faults.heartbeat_s
+        if self._charge is None or self._silent_s < heartbeat_s - _PROBE_S:
+            return False
+        return not _answers(self._charge.address, self._charge.port) and self._silent_s >= heartbeat_s
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._heard_s
+
+
+def _own_handle() -> Any:
+    import ray
+
+    return ray.get_runtime_context().current_actor
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=_PROBE_S):
+            return True
+    except OSError:
+        return False

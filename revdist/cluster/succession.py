@@ -1,0 +1,143 @@
+"""The supervisor's side of a deputy: one on another host that sees the run directory, told what it has to know."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, final
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from revdist.cluster.claim import RunClaim
+from revdist.cluster.deputy import Charge, Deputy
+from revdist.cluster.fleet import NAMESPACE, Known, orphan_s, settings
+from revdist.cluster.takeover import deputy_name
+from revdist.config import RunConfig
+
+_CALLS = 4
+"""Of the supervisor to its deputy in the time of a heartbeat."""
+_LOOK_S = 10.0
+"""Pause between looks for a host where none has been found, or where the deputy was lost."""
+_PREPARE_S = 60.0
+"""Longest wait for a deputy to load."""
+_END_S = 5.0
+"""Longest wait for a deputy to be ended: the Ray head may be away."""
+
+
+@final
+class Succession:
+    """Keeps a deputy for one run, while it is entered, from a thread of its own: Ray's head may keep it waiting."""
+
+    def __init__(
+        self, config: RunConfig, claim: RunClaim, log_dir: Path, known: Callable[[], Mapping[int, Known]]
+    ) -> None:
+        """known: the run's replicas as they are now."""
+        self._config = config
+        self._claim = claim
+        self._log_dir = log_dir
+        self._known = known
+        self._deputy: Any = None
+        self._charge: Charge | None = None
+        """What the deputy has been told."""
+        self._own: dict[str, Any] = {}
+        self._unfit: set[str] = set()
+        """Nodes that do not see the run directory."""
+        self._next_look_s = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="revdist-succession", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The run has ended, and nobody need take it over."""
+        self._ended.set()
+        self._thread.join(timeout=_END_S)
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._config.faults.heartbeat_s / _CALLS):
+            if self._claim.record.state == "starting":  # it would load beside the replicas
+                continue
+            try:
+                if self._deputy is None:
+                    self._look()
+                else:
+                    self._tell()
+            except RayError:
+                self._lose()
+        if self._deputy is not None:
+            with contextlib.suppress(RayError):
+                ray.kill(self._deputy)
+
+    def _tell(self) -> None:
+        charge = Charge(
+            known=self._known(), address=self._own["NodeManagerAddress"], port=int(self._own["NodeManagerPort"])
+        )
+        news = None if charge == self._charge else charge
+        ray.get(self._deputy.hear.remote(news), timeout=self._config.faults.heartbeat_s)
+        self._charge = charge
+
+    def _lose(self) -> None:
+        """The deputy is lost: another one is needed."""
+        deputy, self._deputy, self._charge = self._deputy, None, None
+        self._next_look_s = time.monotonic() + _LOOK_S
+        self._claim.update(deputy="")
+        if deputy is not None:
+            ray.kill(deputy)
+
+    def _look(self) -> None:
+        """Appoint a deputy on another host, the Ray head's before others: without it, Ray ends soon anyway."""
+        if time.monotonic() < self._next_look_s:
+            return
+        self._next_look_s = time.monotonic() + _LOOK_S
+        own = ray.get_runtime_context().get_node_id()
+        head = self._claim.record.ray_address.rpartition(":")[0]
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        self._own = next(node for node in nodes if node["NodeID"] == own)
+        others = [
+            node for node in nodes if node["Alive"] and node["NodeManagerAddress"] != self._own["NodeManagerAddress"]
+        ]
+        others.sort(key=lambda node: node["NodeManagerAddress"] != head)
+        for node in others:
+            if node["NodeID"] not in self._unfit and self._appoint(node["NodeID"]):
+                self._tell()
+                return
+
+    def _appoint(self, node_id: str) -> bool:
+        """Whether a host can stand by."""
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "name": deputy_name(self._claim.record.run_id, node_id),
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "get_if_exists": True,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
+        }
+        paths = [path for path in sys.path if path]
+        deputy: Any = (
+            ray.remote(Deputy)
+            .options(**options)
+            .remote(self._config, self._claim.run_dir, self._log_dir, settings(), paths, orphan_s())
+        )
+        try:
+            host = ray.get(deputy.prepare.remote(), timeout=_PREPARE_S)
+        except (RayActorError, GetTimeoutError):
+            ray.kill(deputy)
+            return False
+        if host is None:
+            self._unfit.add(node_id)
+            ray.kill(deputy)
+            return False
+        self._deputy = deputy
+        self._claim.update(deputy=host)
+        return True
