@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from revdist.cluster.claim import is_orphaned, is_superseded
 from revdist.cluster.fleet import Known
 from revdist.cluster.run_record import RUN_ID
 from revdist.config import RunConfig
@@ -42,6 +43,46 @@ class Charge:
 
 
 @final
+class Vigil:
+    """Waits until the supervisor of a run is lost with its host."""
+
+    def __init__(self, run_dir: Path, *, heartbeat_s: float, patience_s: float) -> None:
+        """heartbeat_s: seconds of silence before which no supervisor is lost. patience_s: those after which it does not
+        come back, and nobody waits for it any more.
+        """
+        self._run_dir = run_dir
+        self._heartbeat_s = heartbeat_s
+        self._patience_s = patience_s
+        self._heard_s = time.monotonic()
+        self.charge: Charge | None = None
+
+    def hear(self, charge: Charge | None = None) -> None:
+        """The supervisor is there. charge: what it has to tell, where that has changed."""
+        self._heard_s = time.monotonic()
+        if charge is not None:
+            self.charge = charge
+
+    def wait(self) -> bool:
+        """Returns True once the run is without a supervisor, False where it is time to leave."""
+        while not self._is_alone or not is_orphaned(self._run_dir):
+            if self._silent_s > self._patience_s:
+                return False
+            time.sleep(_TICK_S)
+        return True
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the supervisor has been silent for long enough and its host does not answer either."""
+        if self.charge is None or self._silent_s < self._heartbeat_s - _PROBE_S:
+            return False
+        return not _answers(self.charge.address, self.charge.port) and self._silent_s >= self._heartbeat_s
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._heard_s
+
+
+@final
 class Deputy:
     """The Ray actor that stands by for one run."""
 
@@ -62,75 +103,51 @@ class Deputy:
         self._config = config
         self._run_dir = run_dir
         self._log_dir = log_dir
-        self._patience_s = patience_s
-        self._heard_s = time.monotonic()
-        self._charge: Charge | None = None
+        self._vigil = Vigil(run_dir, heartbeat_s=config.faults.heartbeat_s, patience_s=patience_s)
         self._addresses: dict[str, str] = {}
 
     def prepare(self) -> str | None:
         """Load what it takes to supervise; returns this host's name, None where it does not see the run directory."""
+        import ray
+
         import revdist.cluster.controller
         import revdist.cluster.trainer  # noqa: F401
-        from revdist.cluster.claim import is_superseded
         from revdist.cluster.local import addresses
 
         if not (self._run_dir / "config.yaml").exists() or is_superseded(self._run_dir, os.environ[RUN_ID]):
             return None
-        self._heard_s = time.monotonic()
-        if self._addresses:  # another supervisor has come, and found it
-            return socket.gethostname()
-        self._addresses = addresses()
-        threading.Thread(target=self._watch, args=(_own_handle(),), name="revdist-deputy", daemon=True).start()
+        self._vigil.hear()
+        if not self._addresses:  # else another supervisor has come, and found it
+            self._addresses = addresses()
+            own = ray.get_runtime_context().current_actor
+            threading.Thread(target=self._watch, args=(own,), name="revdist-deputy", daemon=True).start()
         return socket.gethostname()
 
     def hear(self, charge: Charge | None) -> None:
-        """The supervisor is there. charge: what it has to tell, where that has changed."""
-        self._heard_s = time.monotonic()
-        if charge is not None:
-            self._charge = charge
+        """As `Vigil.hear`."""
+        self._vigil.hear(charge)
 
     def lead(self) -> None:
         """Supervise the run to its end, and leave. In the main thread, so that signals do what they do to a driver."""
         from revdist.cluster.takeover import Heritage
         from revdist.cluster.trainer import Trainer
 
-        charge = self._charge
+        charge = self._vigil.charge
         assert charge is not None
         lost = frozenset(member for member, one in charge.known.items() if one.address == charge.address)
         trainer = Trainer(self._config, run_dir=self._run_dir, resume=True, log_dir=self._log_dir)
         try:
             trainer.take_over(Heritage(known=charge.known, lost=lost, addresses=self._addresses))
         except BaseException:  # how it ended is in the run directory
-            _log.exception("the run that was taken over ended")
+            _log.exception("the run that was taken over did not come to its end")
         finally:
             os._exit(0)
 
     def _watch(self, own: Any) -> None:
-        from revdist.cluster.claim import is_orphaned
-
-        while not self._is_alone or not is_orphaned(self._run_dir):
-            if self._silent_s > self._patience_s:
-                os._exit(0)
-            time.sleep(_TICK_S)
-        own.lead.remote()
-
-    @property
-    def _is_alone(self) -> bool:
-        """Whether the supervisor has been silent for long enough and its host does not answer either."""
-        heartbeat_s = self._config.faults.heartbeat_s
-        if self._charge is None or self._silent_s < heartbeat_s - _PROBE_S:
-            return False
-        return not _answers(self._charge.address, self._charge.port) and self._silent_s >= heartbeat_s
-
-    @property
-    def _silent_s(self) -> float:
-        return time.monotonic() - self._heard_s
-
-
-def _own_handle() -> Any:
-    import ray
-
-    return ray.get_runtime_context().current_actor
+        if self._vigil.wait():
+            own.lead.remote()
+        else:
+            os._exit(0)
 
 
 def _answers(host: str, port: int) -> bool:

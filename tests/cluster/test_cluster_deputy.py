@@ -1,0 +1,106 @@
+"""When a deputy takes a run over, and when it leaves it alone."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from revdist.cluster.claim import DETACHED, RunClaim
+from revdist.cluster.deputy import Charge, Vigil
+
+HEARTBEAT_S = 0.5
+PATIENCE_S = 2.0
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def host() -> Iterator[socket.socket]:
+    """What answers on the supervisor's host."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def claim(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> RunClaim:
+    monkeypatch.setenv(DETACHED, "1")
+    return RunClaim(run_dir, name="small", log_dir=run_dir / "logs")
+
+
+def orphan(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose driver is gone without a word."""
+    with claim(run_dir, monkeypatch) as held:
+        (run_dir / "config.yaml").touch()
+        record = (run_dir / "run.json").read_text()
+        assert held.record.ended_s is None
+    (run_dir / "run.json").write_text(record)
+
+
+def charged(run_dir: Path, port: int) -> Vigil:
+    vigil = Vigil(run_dir, heartbeat_s=HEARTBEAT_S, patience_s=PATIENCE_S)
+    vigil.hear(Charge(known={}, address="127.0.0.1", port=port))
+    return vigil
+
+
+def closed(listener: socket.socket) -> int:
+    """The port of a host that is no more."""
+    port = int(listener.getsockname()[1])
+    listener.close()
+    return port
+
+
+def test_it_takes_over_where_supervisor_host_and_lock_are_gone(
+    run_dir: Path, host: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orphan(run_dir, monkeypatch)
+    vigil = charged(run_dir, closed(host))
+    began_s = time.monotonic()
+    assert vigil.wait()
+    assert time.monotonic() - began_s >= HEARTBEAT_S
+
+
+def test_a_supervisor_whose_host_answers_is_left_to_its_watchman(
+    run_dir: Path, host: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orphan(run_dir, monkeypatch)
+    assert not charged(run_dir, host.getsockname()[1]).wait()
+
+
+def test_a_supervisor_that_is_cut_off_keeps_its_run(
+    run_dir: Path, host: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with claim(run_dir, monkeypatch):
+        assert not charged(run_dir, closed(host)).wait()
+
+
+def test_a_run_that_has_ended_is_not_begun_again(
+    run_dir: Path, host: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with claim(run_dir, monkeypatch):
+        (run_dir / "config.yaml").touch()
+    assert not charged(run_dir, closed(host)).wait()
+
+
+def test_one_that_is_heard_again_and_again_is_there(
+    run_dir: Path, host: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes, and though its host takes no connection."""
+    orphan(run_dir, monkeypatch)
+    vigil = charged(run_dir, closed(host))
+    over = threading.Event()
+    waiting = threading.Thread(target=lambda: (vigil.wait(), over.set()), daemon=True)
+    waiting.start()
+    until_s = time.monotonic() + PATIENCE_S + HEARTBEAT_S
+    while time.monotonic() < until_s:
+        vigil.hear()
+        assert not over.is_set()
+        time.sleep(0.02)
+    assert over.wait(timeout=10)
+    waiting.join(timeout=10)
