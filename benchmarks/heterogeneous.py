@@ -53,17 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=170)
     cases = [case for case in CASES if not options.cases or case.key in options.cases]
     rounds, turn_s = (3, 2.0) if options.quick else (options.rounds, options.turn)
+    found = []
     with console.status("") as status, tempfile.TemporaryDirectory() as folder:
-        found = [_measure(Bench(Path(folder), options.batch), case, rounds, turn_s, status.update) for case in cases]
+        for case in cases:
+            finding = _measure(Bench(Path(folder), options.batch), case, rounds, turn_s, status.update)
+            console.print(f"{case.title}: {finding.typical(lambda each: each.of_sum('revdist')):.2f} of the sum alone")
+            found.append(finding)
+    usual = options.batch == GLOBAL_BATCH
     about = provenance(["ray", "revdist", "torch"]) | {
-        "command": COMMAND + ("" if options.batch == GLOBAL_BATCH else f" --batch {options.batch}"),
+        "command": COMMAND + ("" if usual else f" --batch {options.batch}"),
         "method": METHOD.format(batch=options.batch, warm=WARM_STEPS),
     }
     result = Result(about=about | {"turn_s": turn_s}, findings=tuple(found))
     for table in result.tables():
         console.print(table.for_terminal())
-    batch = "" if options.batch == GLOBAL_BATCH else f"{options.batch}-"
-    name = f"heterogeneous-{batch}{about['date'][:10]}"
+    name = f"heterogeneous-{'' if usual else f'{options.batch}-'}{about['date'][:10]}"
     paths = result.write(options.out, name, figure=f"{name}.png")
     draw(result, options.out / f"{name}.png")
     console.print("written: " + ", ".join(str(path) for path in [*paths, options.out / f"{name}.png"]))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page import page
 from benchmarks.recovery.watching import Pause
 from benchmarks.table import Table
 
@@ -50,7 +51,7 @@ class Result:
         paths = [folder / f"{name}.json", folder / f"{name}.md"]
         content = {"about": self.about, "findings": [dataclasses.asdict(finding) for finding in self.findings]}
         paths[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        paths[1].write_text(self._as_markdown(), encoding="utf-8")
+        paths[1].write_text(page("Faults", self.about, self.tables()), encoding="utf-8")
         return paths
 
     def _first_step(self, subject: str) -> str:
@@ -60,13 +61,6 @@ class Result:
     def _cells(self, subject: str) -> Iterator[str]:
         for fault in self.faults:
             yield cell([f for f in self.findings if (f.subject, f.fault) == (subject, fault)])
-
-    def _as_markdown(self) -> str:
-        about = self.about
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        machine = f"{about['hardware']['cpu']} ({about['hardware']['num_cores']} cores), {versions}"
-        head = f"# Faults, {about['date'][:10]}\n\n{about['method']}\n\n`{about['command']}` on {machine}.\n"
-        return "\n".join([head, *(table.as_markdown() for table in self.tables())])
 
 
 def cell(findings: Sequence[Finding]) -> str:
