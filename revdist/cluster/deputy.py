@@ -105,6 +105,7 @@ class Deputy:
         self._log_dir = log_dir
         self._vigil = Vigil(run_dir, heartbeat_s=config.faults.heartbeat_s, patience_s=patience_s)
         self._addresses: dict[str, str] = {}
+        self._met: list[Any] = []
 
     def prepare(self) -> str | None:
         """Load what it takes to supervise; returns this host's name, None where it does not see the run directory."""
@@ -126,6 +127,8 @@ class Deputy:
     def hear(self, charge: Charge | None) -> None:
         """As `Vigil.hear`."""
         self._vigil.hear(charge)
+        if charge is not None:  # an actor that was called once is found without the Ray head
+            self._met = [one.actor.answer.remote() for one in charge.known.values()]
 
     def lead(self) -> None:
         """Supervise the run to its end, and leave. In the main thread, so that signals do what they do to a driver."""
