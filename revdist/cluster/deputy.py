@@ -111,10 +111,9 @@ class Deputy:
         """Load what it takes to supervise; returns this host's name, None where it does not see the run directory."""
         import ray
 
-        import revdist.cluster.controller
-        import revdist.cluster.trainer  # noqa: F401
         from revdist.cluster.local import addresses
 
+        _load()
         if not (self._run_dir / "config.yaml").exists() or is_superseded(self._run_dir, os.environ[RUN_ID]):
             return None
         self._vigil.hear()
@@ -151,6 +150,22 @@ class Deputy:
             own.lead.remote()
         else:
             os._exit(0)
+
+
+def _load() -> None:
+    """Have in memory what it takes to supervise, compiled code included: later, replicas wait for it."""
+    import revdist.cluster.controller
+    import revdist.cluster.logs
+    import revdist.cluster.metrics
+    import revdist.cluster.restarting
+    import revdist.cluster.succession
+    import revdist.cluster.trainer  # noqa: F401
+    from revdist.planning.batch import Cut, StepTimeCurve
+    from revdist.planning.costs import Mode, Schedule
+    from revdist.planning.split import split
+
+    cut = Cut(micro_batch=1, micro_batch_s=0.0, sample_s=1.0, schedule=Schedule(modes=(Mode.SAVE,)))
+    split([StepTimeCurve(max_share=1, cuts=(cut,))], 1)
 
 
 def _answers(host: str, port: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ _PREPARE_S = 60.0
 """Longest wait for a deputy to load."""
 _END_S = 5.0
 """Longest wait for a deputy to be ended: the Ray head may be away."""
+
+_log = logging.getLogger(__name__)
 
 
 @final
@@ -73,7 +76,8 @@ class Succession:
                     self._look()
                 else:
                     self._tell()
-            except RayError:
+            except RayError as error:
+                _log.warning("no deputy for now: %s", error)
                 self._lose()
         if self._deputy is not None:
             with contextlib.suppress(RayError):
