@@ -156,6 +156,20 @@ class RunClaim(Observer):
             with contextlib.suppress(OSError):
                 write_record(self.run_dir, self.record)
 
+    @property
+    def successor(self) -> RunRecord | None:
+        """The session that has taken the directory over, since this one seemed lost; None: it has not.
+
+        The lock of a host that is cut off may be given to another one after a while, as NFS does.
+        """
+        try:
+            newest = read_record(self.run_dir)
+        except UsageError:
+            return None
+        if newest is None or (newest.host, newest.process) == (self.record.host, self.record.process):
+            return None
+        return newest
+
     def on_step(self, metrics: Mapping[str, Any]) -> None:
         """The run is under way from its first step on."""
         if self.record.state == "starting":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from revdist.cluster.deputy import Charge, Deputy
 from revdist.cluster.fleet import NAMESPACE, Known, orphan_s, settings
 from revdist.cluster.takeover import deputy_name
 from revdist.config import RunConfig
+from revdist.errors import RunFailed
 
 _CALLS = 4
 """Of the supervisor to its deputy in the time of a heartbeat."""
@@ -69,6 +71,7 @@ class Succession:
 
     def _run(self) -> None:
         while not self._ended.wait(self._config.faults.heartbeat_s / _CALLS):
+            self._leave_to_successor()
             if self._claim.record.state == "starting":  # it would load beside the replicas
                 continue
             try:
@@ -82,6 +85,14 @@ class Succession:
         if self._deputy is not None:
             with contextlib.suppress(RayError):
                 ray.kill(self._deputy)
+
+    def _leave_to_successor(self) -> None:
+        """End this process at once, without another word to the directory, where the run has been taken over."""
+        successor = self._claim.successor
+        if successor is not None:
+            who = f"process {successor.process.pid} on {successor.host}"
+            sys.stderr.write(f"this host seemed lost, and {who} has taken the run over: it is left to that one\n")
+            os._exit(RunFailed.exit_code)
 
     def _tell(self) -> None:
         charge = Charge(

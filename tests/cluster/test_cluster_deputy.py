@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,9 +14,27 @@ from pathlib import Path
 
 import pytest
 
+import revdist
 from revdist.cluster.claim import DETACHED, RunClaim
 from revdist.cluster.deputy import Charge, Vigil
+from revdist.cluster.run_record import read_record, write_record
 
+SUPERVISOR = """
+import sys, time
+from pathlib import Path
+from revdist.cluster.claim import RunClaim
+from revdist.cluster.succession import Succession
+from revdist.config import RunConfig
+run_dir = Path(sys.argv[1])
+config = RunConfig.from_mapping({
+    "model": {"factory": "a:b"}, "data": {"factory": "a:b"}, "global_batch": 2, "steps": 9,
+    "faults": {"heartbeat_s": 0.2},
+})
+with RunClaim(run_dir, name="small", log_dir=run_dir / "logs") as claim:
+    with Succession(config, claim, run_dir / "logs", known=dict):
+        print("up", flush=True)
+        time.sleep(300)
+"""
 HEARTBEAT_S = 0.5
 PATIENCE_S = 2.0
 
@@ -104,3 +126,28 @@ def test_one_that_is_heard_again_and_again_is_there(
         time.sleep(0.02)
     assert over.wait(timeout=10)
     waiting.join(timeout=10)
+
+
+def test_a_supervisor_whose_run_was_taken_over_leaves_without_touching_it(run_dir: Path) -> None:
+    """As one that was cut off, on a file system that gave its lock away, when it can see the directory again."""
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, str(run_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(revdist.__file__).parent.parent)},
+        text=True,
+    )
+    try:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == "up\n"
+        record = read_record(run_dir)
+        assert record is not None
+        taken = dataclasses.replace(record, host="another")
+        write_record(run_dir, taken)
+        _, said = supervisor.communicate(timeout=30)
+        assert supervisor.returncode == 1
+        assert f"process {record.process.pid} on another has taken the run over" in said
+        assert read_record(run_dir) == taken
+    finally:
+        supervisor.kill()
+        supervisor.wait(timeout=10)
