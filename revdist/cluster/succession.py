@@ -30,6 +30,7 @@ _LOOK_S = 10.0
 """Pause between looks for a host where none has been found, or where the deputy was lost."""
 _PREPARE_S = 60.0
 """Longest wait for a deputy to load."""
+_TICK_S = 0.5
 _END_S = 5.0
 """Longest wait for a deputy to be ended: the Ray head may be away."""
 
@@ -144,8 +145,12 @@ class Succession:
             .options(**options)
             .remote(self._config, self._claim.run_dir, self._log_dir, settings(), paths, orphan_s())
         )
+        loaded = deputy.prepare.remote()
+        until_s = time.monotonic() + _PREPARE_S
+        while not self._ended.is_set() and time.monotonic() < until_s and not ray.wait([loaded], timeout=_TICK_S)[0]:
+            continue
         try:
-            host = ray.get(deputy.prepare.remote(), timeout=_PREPARE_S)
+            host = ray.get(loaded, timeout=0)
         except (RayActorError, GetTimeoutError):
             ray.kill(deputy)
             return False
