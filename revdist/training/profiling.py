@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import Any, final
 
 import numpy as np
@@ -53,13 +54,15 @@ class Profiling:
 
         Beside each stands whether it is the last.
 
-        Where the device has no room for a size, half of it is measured instead; raises
+        Where the device has no room for a size, half of it is measured instead, and smaller ones that no longer are
+        shrink in proportion: a line through neighbouring sizes would show nothing but noise. Raises
         torch.OutOfMemoryError where not even one sample fits.
         """
-        limit = max(sizes)
+        limit, shrunk = max(sizes), Fraction(1)
         for number, size in enumerate(sorted(sizes, reverse=True), start=1):
-            profile = self._get_or_halve(min(size, limit), _part_of(progress, number - 1, len(sizes)))
-            limit = profile.micro_batch - 1
+            wanted = size if size <= limit else min(limit, max(1, int(size * shrunk)))
+            profile = self._get_or_halve(wanted, _part_of(progress, number - 1, len(sizes)))
+            limit, shrunk = profile.micro_batch - 1, Fraction(profile.micro_batch, size)
             is_last = number == len(sizes) or limit == 0
             yield profile, is_last
             if is_last:

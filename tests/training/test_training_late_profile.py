@@ -92,6 +92,22 @@ def test_a_micro_batch_that_does_not_fit_is_halved(tmp_path: Path) -> None:
     assert [step.step for step in outcome.steps()] == list(range(1, 11))
 
 
+def test_where_a_size_does_not_fit_smaller_ones_stay_as_far_from_it(tmp_path: Path) -> None:
+    """A line through two sizes next to each other shows noise, by which small micro-batches may look fast."""
+    config = run_config(
+        data={"factory": "small_models:images", "kwargs": {"size": 24}},
+        devices=[{"kind": "cpu", "name": "cpu-0", "capacity": TIGHT}],
+        memory={"margin": 0},
+        planning={"profile_repeats": 1, "profile_cache": False, "micro_batches": [6, 12]},
+        precision="fp32",
+    )
+    outcome = run_replicas([config], [(12,)], tmp_path)
+    assert_no_failure(outcome)
+    low, high = sorted(profile.micro_batch for profile in read_profiles(outcome.checkpoints))
+    assert high < 12
+    assert low == high // 2
+
+
 def test_where_not_even_one_sample_fits_the_run_says_what_it_needs(tmp_path: Path) -> None:
     config = run_config(
         data={"factory": "small_models:images", "kwargs": {"size": 24}},
