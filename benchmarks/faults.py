@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     console.print(f"{fault.name}, {subject.label}: {cell([finding])}", highlight=False)
     versions = [name for subject in chosen for name in subject.packages if _missing(subject) is None]
     result = Result(
-        about=provenance({"revdist", "torch", *versions}) | {"command": COMMAND, "method": METHOD},
+        about=provenance({"revdist", "torch", *versions}) | {"command": _command(options), "method": METHOD},
         subjects=tuple(subject.label for subject in chosen),
         faults=tuple(fault.name for fault in faults),
         findings=tuple(findings),
@@ -161,6 +161,13 @@ def _missing(subject: Subject) -> str | None:
 
 def _outputs(folder: Path) -> str:
     return "\n".join(path.read_text(encoding="utf-8")[-2000:] for path in sorted(folder.glob("output-*.log")))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What was run: all of it, or a part."""
+    chosen = {"--only": options.only, "--faults": options.faults}
+    given = [f"{flag} {' '.join(values)}" for flag, values in chosen.items() if values]
+    return " ".join(["python benchmarks/faults.py", *given]) if given else COMMAND
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(f"{case.title}: {finding.typical(lambda each: each.of_sum('revdist')):.2f} of the sum alone")
             found.append(finding)
     usual = options.batch == GLOBAL_BATCH
+    batch, chosen = "" if usual else f" --batch {options.batch}", options.cases
     about = provenance(["ray", "revdist", "torch"]) | {
-        "command": COMMAND + ("" if usual else f" --batch {options.batch}"),
+        "command": COMMAND + batch + (f" --cases {' '.join(chosen)}" if chosen else ""),
         "method": METHOD.format(batch=options.batch, warm=WARM_STEPS),
     }
     result = Result(about=about | {"turn_s": turn_s}, findings=tuple(found))
