@@ -79,6 +79,12 @@ class Standing:
     plan: PlanReport | None
 
 
+def surround(environment: Mapping[str, str], paths: Sequence[str]) -> None:
+    """Give this process the driver's settings, and let it find modules where the driver does."""
+    os.environ.update(environment)
+    sys.path.extend(path for path in paths if path not in sys.path)
+
+
 @final
 class ReplicaActor:
     """One rank's process."""
@@ -91,8 +97,7 @@ class ReplicaActor:
         orphan_s: seconds without a word from a supervisor after which this process saves and leaves; None: it
         ends with its driver anyway.
         """
-        os.environ.update(environment)
-        sys.path.extend(path for path in paths if path not in sys.path)
+        surround(environment, paths)
         self._place = place
         self._location: Location | None = None
         self._assignment: Assignment | None = None

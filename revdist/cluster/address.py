@@ -19,6 +19,15 @@ def parse_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def takes_connections(host: str, port: int, *, timeout_s: float) -> bool:
+    """Whether something listens there and can be reached; what it is, is not asked."""
+    try:
+        with socket.create_connection((host, port), timeout=timeout_s):
+            return True
+    except OSError:
+        return False
+
+
 def check_reachable(address: str, *, timeout_s: float = 3.0) -> None:
     """Raise AddressUnreachable unless something that speaks gRPC, as Ray does, listens at `HOST:PORT`."""
     host, port = parse_address(address)

@@ -11,13 +11,14 @@ import dataclasses
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from revdist.cluster.actor import surround
+from revdist.cluster.address import takes_connections
 from revdist.cluster.claim import is_orphaned, is_superseded
 from revdist.cluster.fleet import Known
 from revdist.cluster.run_record import RUN_ID
@@ -75,7 +76,8 @@ class Vigil:
         """Whether the supervisor has been silent for long enough and its host does not answer either."""
         if self.charge is None or self._silent_s < self._heartbeat_s - _PROBE_S:
             return False
-        return not _answers(self.charge.address, self.charge.port) and self._silent_s >= self._heartbeat_s
+        answers = takes_connections(self.charge.address, self.charge.port, timeout_s=_PROBE_S)
+        return not answers and self._silent_s >= self._heartbeat_s
 
     @property
     def _silent_s(self) -> float:
@@ -98,8 +100,7 @@ class Deputy:
         """environment, paths: as of a replica's actor. patience_s: seconds of silence after which it leaves, as
         replicas do that nobody supervises.
         """
-        os.environ.update(environment)
-        sys.path.extend(path for path in paths if path not in sys.path)
+        surround(environment, paths)
         self._config = config
         self._run_dir = run_dir
         self._log_dir = log_dir
@@ -113,9 +114,9 @@ class Deputy:
 
         from revdist.cluster.local import addresses
 
-        _load()
         if not (self._run_dir / "config.yaml").exists() or is_superseded(self._run_dir, os.environ[RUN_ID]):
             return None
+        _load()
         self._vigil.hear()
         if not self._addresses:  # else another supervisor has come, and found it
             self._addresses = addresses()
@@ -166,11 +167,3 @@ def _load() -> None:
 
     cut = Cut(micro_batch=1, micro_batch_s=0.0, sample_s=1.0, schedule=Schedule(modes=(Mode.SAVE,)))
     split([StepTimeCurve(max_share=1, cuts=(cut,))], 1)
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=_PROBE_S):
-            return True
-    except OSError:
-        return False

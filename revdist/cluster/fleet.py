@@ -340,6 +340,11 @@ def settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("REVDIST_")}
 
 
+def module_paths() -> list[str]:
+    """Where the driver finds modules, for every process of the run."""
+    return [path for path in sys.path if path]
+
+
 def orphan_s() -> float:
     """Seconds for which a process of a detached run waits for a supervisor before it leaves."""
     return float(os.environ.get(ORPHAN_S, _ORPHAN_S))
@@ -359,5 +364,5 @@ def _create(place: Place, threads: int, name: str | None, group: PlacementGroup 
     return (
         ray.remote(ReplicaActor)
         .options(**options)
-        .remote(place, settings(), [path for path in sys.path if path], None if name is None else orphan_s())
+        .remote(place, settings(), module_paths(), None if name is None else orphan_s())
     )

@@ -8,14 +8,13 @@ has saved. A head that comes back before, with its state kept, is no loss.
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self, final
 
-from revdist.cluster.address import parse_address
+from revdist.cluster.address import parse_address, takes_connections
 from revdist.errors import ConfigError
 
 _LOOK_S = 1.0
@@ -66,8 +65,5 @@ class HeadWatch:
 
     def _look(self) -> None:
         while not self._ended.wait(_LOOK_S):
-            try:
-                with socket.create_connection(self._end, timeout=_LOOK_S):
-                    self._seen_s = time.monotonic()
-            except OSError:
-                continue
+            if takes_connections(*self._end, timeout_s=_LOOK_S):
+                self._seen_s = time.monotonic()

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from revdist.cluster.claim import RunClaim
 from revdist.cluster.deputy import Charge, Deputy
-from revdist.cluster.fleet import NAMESPACE, Known, orphan_s, settings
+from revdist.cluster.fleet import NAMESPACE, Known, module_paths, orphan_s, settings
 from revdist.cluster.takeover import deputy_name
 from revdist.config import RunConfig
 from revdist.errors import RunFailed
@@ -139,11 +139,10 @@ class Succession:
             "get_if_exists": True,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=False),
         }
-        paths = [path for path in sys.path if path]
         deputy: Any = (
             ray.remote(Deputy)
             .options(**options)
-            .remote(self._config, self._claim.run_dir, self._log_dir, settings(), paths, orphan_s())
+            .remote(self._config, self._claim.run_dir, self._log_dir, settings(), module_paths(), orphan_s())
         )
         loaded = deputy.prepare.remote()
         until_s = time.monotonic() + _PREPARE_S
@@ -151,11 +150,11 @@ class Succession:
             continue
         try:
             host = ray.get(loaded, timeout=0)
+            if host is None:
+                self._unfit.add(node_id)
         except (RayActorError, GetTimeoutError):
-            ray.kill(deputy)
-            return False
+            host = None
         if host is None:
-            self._unfit.add(node_id)
             ray.kill(deputy)
             return False
         self._deputy = deputy
