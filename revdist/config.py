@@ -116,6 +116,8 @@ class ReplanConfig(Section):
     """Relative change of the budget below which the plan is kept."""
     settle_s: float = pydantic.Field(1.0, ge=0)
     """Seconds for which more memory must stay free before it is used, or a device be slower before shares change."""
+    min_gain: float = pydantic.Field(0.005, ge=0, lt=1)
+    """Part of the measured step time that new shares must save beyond doubt."""
     shares: bool = True
     """Whether shares may change during the run."""
 

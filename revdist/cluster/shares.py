@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import final
+
+import numpy as np
+import numpy.typing as npt
 
 from revdist.config import RunConfig
 from revdist.planning.batch import StepTimeCurve
@@ -15,6 +19,8 @@ from revdist.training.row import Row
 
 _WINDOW = 16
 """Fewest steps under unchanged plans after which measured times may change the shares."""
+_LOOKS_BACK = (1, 4, 16)
+"""Windows: a device that has just become slow shows in the last, a small difference in many."""
 _LEAST_S = 1e-9
 """No step is faster: keeps ratios finite for models too small to be timed."""
 
@@ -31,8 +37,11 @@ class ShareKeeper:
         self._inverted: dict[int, StepTimeCurve] = {}
         self._factors: dict[int, float] = {}
         self._known: dict[StepTimeCurve, StepTimeCurve] = {}
-        self._times: dict[int, list[float]] = {}
+        self._steps_s: list[list[float]] = []
+        """Of the window under way: every member's time, step by step."""
         self._window_s = 0.0
+        self._windows: deque[npt.NDArray[np.float64]] = deque(maxlen=max(_LOOKS_BACK))
+        """Earlier ones under the same plans, (steps, members)."""
         self.shares: Shares | None = None
         """None before every member's first curve."""
 
@@ -69,7 +78,7 @@ class ShareKeeper:
         return self._publish(self._best() if self._may_change else self._equal(), reason=reason)
 
     def take_rows(self, rows: Sequence[Row]) -> Shares | None:
-        """A step is done: new shares if measured times have called for them throughout a window."""
+        """A step is done: new shares if the measured ones call for them by now."""
         assert self.shares is not None
         if (
             not self._may_change
@@ -77,25 +86,24 @@ class ShareKeeper:
             or any(row.generation != self.shares.generation for row in rows)
         ):
             return None
-        for member, row in zip(self._members, rows, strict=True):
-            self._times.setdefault(member, []).append(row.compute_s)
-        self._window_s += max(row.compute_s for row in rows)
-        num_steps = len(self._times[self._members[0]])
+        self._steps_s.append([row.compute_s for row in rows])
+        self._window_s += max(self._steps_s[-1])
         # Sixteen steps of milliseconds do not tell a slow device from a busy moment.
-        if num_steps < _WINDOW or self._window_s < self._config.replan.settle_s:
+        if len(self._steps_s) < _WINDOW or self._window_s < self._config.replan.settle_s:
             return None
-        better = resplit(
-            self._in_order(self._curves),
-            self.shares.by_rank,
-            [list(self._times[member]) for member in self._members],
-            min_gain=max(0.05, self._config.replan.min_change),
-            window=num_steps,
-        )
-        self._forget_times()
-        if better is None:
-            return None
-        self._factors.update(zip(self._members, better.factors, strict=True))
-        return self._publish(better.shares, reason="share")
+        self._windows.append(np.array(self._steps_s))
+        self._begin_window()
+        for count in _LOOKS_BACK:
+            if count > len(self._windows):
+                break
+            times = np.concatenate(list(self._windows)[-count:])
+            better = resplit(
+                self._in_order(self._curves), self.shares.by_rank, times, min_gain=self._config.replan.min_gain
+            )
+            if better is not None:
+                self._factors.update(zip(self._members, better.factors, strict=True))
+                return self._publish(better.shares, reason="share")
+        return None
 
     def gains(self) -> dict[str, float | str]:
         """What the shares and schedules in force gain, as ratios of predicted step times.
@@ -147,7 +155,11 @@ class ShareKeeper:
         return [corrected[id(self._curves[member]), self._factors.get(member, 1.0)] for member in self._members]
 
     def _forget_times(self) -> None:
-        self._times.clear()
+        self._begin_window()
+        self._windows.clear()
+
+    def _begin_window(self) -> None:
+        self._steps_s.clear()
         self._window_s = 0.0
 
     def _keep(self, member: int, report: CurveReport) -> None:

@@ -2,19 +2,25 @@
 
 Memory that is lost is met at once. Memory that is gained is used only after it stayed free for a
 while, and only as much as was free throughout: a co-tenant that comes and goes then costs one
-replan, not one a reading. Shares change only when measured times say so in both halves of a window.
+replan, not one a reading. Shares change only when measured steps leave no doubt that new ones are faster.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from revdist.errors import InvalidCosts, format_bytes
 from revdist.planning.batch import StepTimeCurve
-from revdist.planning.split import slowest_s, split
+from revdist.planning.split import split
+
+_STANDARD_ERRORS = 2.0
+"""By how many a gain must exceed the least one. With steps that vary by 40 % either way, noise alone changes
+shares in one window in a hundred."""
 
 
 def budget_of(
@@ -145,7 +151,7 @@ class Resplit:
 
     shares: tuple[int, ...]
     gain: float
-    """Part of the slowest replica's step time that the new shares are expected to save."""
+    """Part of a step's time that the new shares would have saved, the mean over the measured steps."""
     factors: tuple[float, ...]
     """Per replica: measured over predicted time; its curve is to be scaled by it."""
 
@@ -153,35 +159,35 @@ class Resplit:
 def resplit(
     curves: Sequence[StepTimeCurve],
     shares: Sequence[int],
-    measured_s: Sequence[Sequence[float]],
+    measured_s: npt.ArrayLike,
     *,
-    min_gain: float = 0.05,
-    window: int = 8,
+    min_gain: float = 0.005,
 ) -> Resplit | None:
-    """New shares where measured step times have called for them throughout a window; None: keep.
+    """New shares where measured steps say beyond doubt that they are faster; None: keep.
 
-    curves: the current ones. measured_s: per replica, seconds of its own work in its latest steps
-    under these shares, oldest first, without waiting for others. Both halves of the last `window`
-    steps must agree that the new shares save `min_gain`: one slow step is noise.
+    curves: the current ones. measured_s (steps, replicas): seconds of each replica's own work under these shares,
+    without waiting for others. Every step tells what it would have taken under the new shares, each replica as much
+    faster or slower as its curve says; the mean of what the steps would have saved, less twice its standard
+    error, must reach `min_gain`. Steps that are noisy, or few, thus change nothing that is not far off, and steady
+    ones soon change what is slightly off.
     """
-    if min(len(times) for times in measured_s) < window:
+    times = np.asarray(measured_s, np.float64)
+    now_s = np.array([curve.step_s(share) for curve, share in zip(curves, shares, strict=True)])
+    if len(times) < 2 or not now_s.all() or not times.max(axis=1).all():
         return None
-    recent = [times[-window:] for times in measured_s]
-    factors = _factors(curves, shares, recent)
+    factors = tuple((_middle_mean(times) / now_s).tolist())
     proposed = split([curve.scaled(factor) for curve, factor in zip(curves, factors, strict=True)], sum(shares))
-    halves = [[times[: window // 2] for times in recent], [times[window // 2 :] for times in recent]]
-    gains = []
-    for half in halves:
-        corrected = [curve.scaled(factor) for curve, factor in zip(curves, _factors(curves, shares, half), strict=True)]
-        gains.append(1 - slowest_s(corrected, proposed) / slowest_s(corrected, shares))
-    gain = min(gains)
-    return Resplit(proposed, gain, tuple(factors)) if proposed != tuple(shares) and gain >= min_gain else None
+    if proposed == tuple(shares):
+        return None
+    ratios = np.array([curve.step_s(share) for curve, share in zip(curves, proposed, strict=True)]) / now_s
+    gains = 1 - (times * ratios).max(axis=1) / times.max(axis=1)
+    gain = float(gains.mean())
+    doubt = _STANDARD_ERRORS * float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    return Resplit(proposed, gain, factors) if gain - doubt >= min_gain else None
 
 
-def _factors(
-    curves: Sequence[StepTimeCurve], shares: Sequence[int], measured_s: Sequence[Sequence[float]]
-) -> list[float]:
-    return [
-        statistics.median(times) / curve.step_s(share) if curve.step_s(share) > 0 else 1.0
-        for curve, share, times in zip(curves, shares, measured_s, strict=True)
-    ]
+def _middle_mean(times: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Per replica, the mean of its steps without the fastest and the slowest quarter."""
+    quarter = len(times) // 4
+    mean: npt.NDArray[np.float64] = np.sort(times, axis=0)[quarter : len(times) - quarter].mean(axis=0)
+    return mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, final
@@ -126,6 +127,7 @@ class Profiling:
                 repeats=self._config.planning.profile_repeats,
                 modes=[Mode(mode) for mode in self._config.planning.modes],
                 progress=progress,
+                host_clock=_host_clock(),
             )
         outside_bytes = measured.outside_bytes + _storage_bytes(target) + _LOSS_BYTES
         return dataclasses.replace(measured, outside_bytes=outside_bytes)
@@ -160,6 +162,15 @@ def sizes_to_profile(config: RunConfig, world_size: int) -> tuple[int, ...]:
         return tuple(sorted(set(config.planning.micro_batches)))
     equal_share = -(-config.global_batch // world_size)
     return tuple(sorted({max(1, equal_share // 4), equal_share}))
+
+
+def _host_clock() -> Callable[[], float]:
+    """What the host's own work is timed with: its one thread's clock, which leaves out what other processes take.
+
+    Those take it in slices: short work would come out as if it had a core to itself, and long work as if it had half
+    of one. A device that shares its core for good shows in its steps, and a profile is kept for later runs.
+    """
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _storage_bytes(value: Any) -> int:

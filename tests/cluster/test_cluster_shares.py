@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from runs import settings
@@ -125,6 +126,14 @@ def test_one_slow_step_is_noise() -> None:
     kept = started(0.01, 0.01)
     times = [(0.3, 0.3)] * 15 + [(0.3, 3.0)]
     assert all(kept.take_rows(rows((30, 30), seconds, 0)) is None for seconds in times)
+
+
+def test_a_small_difference_is_found_in_many_steps() -> None:
+    kept = started(0.01, 0.01)
+    rng = random.Random(0)
+    pairs = [(0.3 * rng.uniform(0.8, 1.2), 0.36 * rng.uniform(0.8, 1.2)) for _ in range(256)]
+    found = [shares for times in pairs if (shares := kept.take_rows(rows((30, 30), times, 0))) is not None]
+    assert [shares.by_rank for shares in found[:1]] in ([(32, 28)], [(33, 27)], [(34, 26)])
 
 
 def test_steps_under_other_shares_do_not_count() -> None:

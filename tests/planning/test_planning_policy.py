@@ -110,14 +110,17 @@ def test_no_plan_ever_stands_over_its_budget(budgets: list[int], settle_s: float
         assert standing.need_bytes <= budget
 
 
-def noisy(seconds: float, seed: int, steps: int = 8) -> list[float]:
+def noisy(seconds: float, seed: int, steps: int = 16, *, spread: float = 0.05) -> list[float]:
     rng = random.Random(seed)
-    return [seconds * rng.uniform(0.95, 1.05) for _ in range(steps)]
+    return [seconds * rng.uniform(1 - spread, 1 + spread) for _ in range(steps)]
+
+
+def steps(*by_replica: list[float]) -> list[tuple[float, ...]]:
+    return list(zip(*by_replica, strict=True))
 
 
 def test_shares_follow_a_device_that_became_slow_and_stays_slow() -> None:
-    curves = [linear(1.0), linear(1.0)]
-    decision = resplit(curves, (30, 30), [noisy(30.0, 1), noisy(60.0, 2)])
+    decision = resplit([linear(1.0), linear(1.0)], (30, 30), steps(noisy(30.0, 1), noisy(60.0, 2)))
     assert decision is not None
     assert decision.shares[0] == pytest.approx(40, abs=2)
     assert sum(decision.shares) == 60
@@ -128,13 +131,40 @@ def test_shares_follow_a_device_that_became_slow_and_stays_slow() -> None:
 @pytest.mark.parametrize(
     ("what", "measured"),
     [
-        ("as predicted", [noisy(30.0, 1), noisy(30.0, 2)]),
-        ("one slow step", [noisy(30.0, 1), [*noisy(30.0, 2, 7), 300.0]]),
-        ("slow only at the end", [noisy(30.0, 1), noisy(30.0, 2, 5) + noisy(60.0, 3, 3)]),
-        ("slow only at the start", [noisy(30.0, 1), noisy(60.0, 2, 4) + noisy(30.0, 3, 4)]),
-        ("too few steps", [noisy(30.0, 1, 7), noisy(60.0, 2, 7)]),
-        ("all equally slow", [noisy(60.0, 1), noisy(60.0, 2)]),
+        ("as predicted", steps(noisy(30.0, 1), noisy(30.0, 2))),
+        ("one slow step", steps(noisy(30.0, 1), [*noisy(30.0, 2, 15), 300.0])),
+        ("slow only at the end", steps(noisy(30.0, 1), noisy(30.0, 2, 10) + noisy(60.0, 3, 6))),
+        ("slow only at the start", steps(noisy(30.0, 1), noisy(60.0, 2, 8) + noisy(30.0, 3, 8))),
+        ("one step", [(30.0, 60.0)]),
+        ("all equally slow", steps(noisy(60.0, 1), noisy(60.0, 2))),
+        ("untimed", [(0.0, 0.0)] * 16),
     ],
 )
-def test_shares_stay(what: str, measured: list[list[float]]) -> None:
+def test_shares_stay(what: str, measured: list[tuple[float, ...]]) -> None:
     assert resplit([linear(1.0), linear(1.0)], (30, 30), measured) is None
+
+
+def test_a_small_difference_shows_where_steps_are_steady() -> None:
+    decision = resplit([linear(1.0), linear(1.0)], (50, 50), steps(noisy(50.0, 1, spread=0), noisy(54.0, 2, spread=0)))
+    assert decision is not None
+    assert decision.shares == (52, 48)
+    assert resplit([linear(1.0), linear(1.0)], (50, 50), [(50.0, 54.0)] * 16, min_gain=0.05) is None
+
+
+@pytest.mark.parametrize("num_steps", [16, 64])
+def test_noise_alone_hardly_ever_changes_shares(num_steps: int) -> None:
+    changes = 0
+    for seed in range(500):
+        measured = steps(*(noisy(50.0, 2 * seed + replica, num_steps, spread=0.4) for replica in (0, 1)))
+        changes += resplit([linear(1.0), linear(1.0)], (50, 50), measured) is not None
+    assert changes <= 5
+
+
+def test_a_moderate_difference_shows_through_noise_in_many_steps() -> None:
+    def found(num_steps: int, seed: int) -> bool:
+        measured = steps(noisy(50.0, 2 * seed, num_steps, spread=0.2), noisy(60.0, 2 * seed + 1, num_steps, spread=0.2))
+        return resplit([linear(1.0), linear(1.0)], (50, 50), measured) is not None
+
+    few, many = (sum(found(num_steps, seed) for seed in range(100)) for num_steps in (16, 256))
+    assert few < 50
+    assert many > 95
