@@ -25,25 +25,28 @@ from benchmarks.unequal.cases import CASES, GLOBAL_BATCH, Case
 from benchmarks.unequal.figure import draw
 from benchmarks.unequal.job import Job
 from benchmarks.unequal.result import Finding, Result, Round
-from benchmarks.unequal.ways import Bench, neighbour
+from benchmarks.unequal.ways import Bench, RevdistJob, neighbour
 from revdist.planning.split import equal_split
 
 J = TypeVar("J", bound=Job)
 COMMAND = "python benchmarks/heterogeneous.py"
-WARM_STEPS = 60
-"""By which shares and schedules are found."""
+WARM_STEPS = 120
+"""Of revdist, by which shares and schedules are found."""
+_WARM_STEPS_BY_HAND = 10
 METHOD = (
     "A RevNet for digits on two CPU devices, each replica on a core of its own with one thread, {batch} samples a "
-    "step. All ways of a case are started and take {warm} steps; from then on they have the machine in turns, the "
-    "others stopped with all their processes, so that what is compared ran within seconds. A turn's throughput is that "
-    "of the steps that began and ended in it; ratios are taken within a round, tables show medians over rounds, and "
-    "means where memory changes. A virtual machine's host slows each core down by up to a third for seconds at a time, "
-    "and two devices together wait for the slower one: hence also ratios of the upper quartiles over rounds. Plain DDP "
-    "is written by hand: autograd as usual, equal shares, one micro-batch size that fits both devices at their worst. "
-    "Proportional: the same with shares by what each device does alone, and for each rank the largest micro-batch that "
-    "fits. Alone: revdist on one device with half the batch, the other idle. Apart: two hand-written trainings at once "
-    "that exchange nothing, over the sum of each with the machine to itself: what the cores lose by sharing caches and "
-    "memory, whoever trains on them."
+    "step. All ways of a case are started, and revdist takes {warm} steps; from then on they have the machine in "
+    "turns, the others stopped with all their processes, so that what is compared ran within seconds. A turn's "
+    "throughput is that of the steps that began and ended in it; ratios are taken within a round, tables show medians "
+    "over rounds, and means where memory changes. The host of a virtual machine slows each core down by up to a half, "
+    "from one step to the next, and two devices together wait for the slower one: hence also ratios of the upper "
+    "quartiles over rounds. Plain DDP is written by hand: autograd as usual, equal shares, one micro-batch size that "
+    "fits both devices at their worst. Proportional: the same with shares by what each device does alone, and for "
+    "each rank the largest micro-batch that fits. Alone: revdist on one device with half the batch, the other idle. "
+    "Apart: two hand-written trainings at once that exchange nothing, over the sum of each with the machine to "
+    "itself: what the cores lose by sharing caches and memory, whoever trains on them. Where revdist's time goes is "
+    "told by its own metrics of the same turns: waiting that is due to the shares, and waiting because a core is "
+    "faster in one step than in the next, which no fixed shares avoid."
 )
 
 
@@ -79,7 +82,7 @@ def _measure(bench: Bench, case: Case, rounds: int, turn_s: float, say: Callable
         jobs.enter_context(neighbour(case))
 
         def start(job: J) -> J:
-            jobs.enter_context(job).warm_up(WARM_STEPS)
+            jobs.enter_context(job).warm_up(WARM_STEPS if isinstance(job, RevdistJob) else _WARM_STEPS_BY_HAND)
             return job
 
         say(f"{case.title}: starting")
@@ -107,7 +110,13 @@ def _measure(bench: Bench, case: Case, rounds: int, turn_s: float, say: Callable
                     proportional=proportional.turn(turn_s),
                 )
             )
-        return Finding(case=case, proportional_shares=shares, revdist_shares=revdist.shares(), rounds=tuple(found))
+        return Finding(
+            case=case,
+            proportional_shares=shares,
+            revdist_shares=revdist.shares(),
+            losses=revdist.losses([each.revdist for each in found]),
+            rounds=tuple(found),
+        )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -48,6 +48,9 @@ class Turn:
     samples_per_s: float
     steps: int
     """Completed, by the slowest of its trainings."""
+    began_s: float
+    """Seconds since the epoch."""
+    ended_s: float
 
 
 class Job:
@@ -116,7 +119,7 @@ class Job:
                 raise SystemExit(f"{len(times)} steps in {seconds:g} s: {self._started[0].args}\n{self._output()}")
             rates.append(feed.samples * (len(times) - 1) / (times[-1] - times[0]))
             counts.append(len(times))
-        return Turn(samples_per_s=sum(rates), steps=min(counts))
+        return Turn(samples_per_s=sum(rates), steps=min(counts), began_s=began_s, ended_s=ended_s)
 
     def _send(self, number: signal.Signals) -> None:
         for process in processes(self._mark):

@@ -13,6 +13,7 @@ from benchmarks.page import page
 from benchmarks.table import Table
 from benchmarks.unequal.cases import Case
 from benchmarks.unequal.job import Turn
+from benchmarks.unequal.losses import Losses
 
 GOAL_OF_PLAIN = 0.98
 """Least throughput on equal devices, as part of plain DDP's: 1 / 1.02 of its step time."""
@@ -57,6 +58,8 @@ class Finding:
     proportional_shares: tuple[int, int]
     revdist_shares: tuple[int, ...]
     """At the end."""
+    losses: Losses
+    """Of revdist's steps."""
     rounds: tuple[Round, ...]
 
     def typical(self, value: Callable[[Round], float]) -> float:
@@ -101,6 +104,7 @@ class Result:
         yield self._throughput()
         yield self._ratios()
         yield self._calm()
+        yield self._losses()
         yield self._goals()
 
     def write(self, folder: Path, name: str, *, figure: str) -> list[Path]:
@@ -153,6 +157,23 @@ class Result:
         columns = ["part of the sum alone", *WAYS.values(), "revdist / plain DDP", "apart / alone, by hand"]
         return Table(title="Ratios of the upper quartiles over rounds: while the machine is calm", columns=columns,
                      rows=rows)  # fmt: skip
+
+    def _losses(self) -> Table:
+        rows = [
+            [
+                finding.case.title,
+                *(f"{value:.1%}" for value in dataclasses.astuple(finding.losses)),
+            ]
+            for finding in self.findings
+        ]
+        columns = [
+            "part of the mean step",
+            "all at work",
+            "waiting: shares",
+            "waiting: steps vary",
+            "exchange, optimizer",
+        ]
+        return Table(title="Where revdist's time goes", columns=columns, rows=rows)
 
     def _goals(self) -> Table:
         rows = []

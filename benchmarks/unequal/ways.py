@@ -18,7 +18,8 @@ import psutil
 
 from benchmarks.provenance import ROOT
 from benchmarks.unequal.cases import DATA, MODEL, OPTIMIZER, Case
-from benchmarks.unequal.job import Feed, Job
+from benchmarks.unequal.job import Feed, Job, Turn
+from benchmarks.unequal.losses import Losses, StepTimes
 from revdist.devices import list_devices
 from revdist.planning.split import equal_split
 from revdist.training.run_directory import RunReader
@@ -122,6 +123,12 @@ class RevdistJob(Job):
         """Of the last step."""
         *_, last = RunReader(self.feeds[0].path.parent).metrics()
         return tuple(int(rank["share"]) for rank in last["ranks"])
+
+    def losses(self, turns: Sequence[Turn]) -> Losses:
+        """Where the time of its steps in these turns went. The first of each began before the turn."""
+        records = list(RunReader(self.feeds[0].path.parent).metrics())
+        within = [[record for record in records if turn.began_s <= record["time"] <= turn.ended_s] for turn in turns]
+        return Losses.of([StepTimes.of_record(record) for turn in within for record in turn[1:]])
 
     def change_memory(self, number: int, rounds: int) -> None:
         """At the begin of its turn in a round: another process has memory in the middle third of the rounds."""
