@@ -250,9 +250,10 @@ class Controller:
     def _take_over(self, crew: Crew) -> None:
         """Go on where another supervisor was killed: members tell what it knew, the run directory what it wrote."""
         self._writer.create(self._config)
-        starts = [event["step"] for event in RunReader(self._writer.path).events() if event["kind"] == "start"]
+        written = RunReader(self._writer.path)
+        starts = [event["step"] for event in written.events() if event["kind"] == "start"]
         self._origin = starts[-1] if starts else -1
-        self._last = RunReader(self._writer.path).last_step()
+        self._last = written.last_step()
         for member, standing in crew.standings.items():
             if standing.plan is not None:
                 self._plans[member].append(standing.plan)

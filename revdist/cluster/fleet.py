@@ -122,8 +122,7 @@ class Fleet:
         self._threads = threads
         self._placement_group = placement_group
         self._run_id = run_id
-        self._actors: dict[int, Any] = {}
-        self._addresses: dict[int, str] = {}
+        self._known: dict[int, Known] = {}
         self._last: dict[int, int] = {}
         self._waiting: dict[Any, int] = {}
         self._hearts: dict[int, _Heart] = {}
@@ -136,28 +135,27 @@ class Fleet:
 
     @property
     def members(self) -> tuple[int, ...]:
-        return tuple(self._actors)
+        return tuple(self._known)
 
     @property
     def known(self) -> dict[int, Known]:
         """The actors of all members. May be asked from any thread."""
-        return {member: Known(actor, self._addresses[member]) for member, actor in dict(self._actors).items()}
+        return dict(self._known)
 
     def add(self, place: Place) -> int:
         """Start another actor; returns its member number at once."""
         member, self._next = self._next, self._next + 1
         name = None if self._run_id is None else f"{self._run_id}-{member}"
-        self._addresses[member] = place.address
-        self._actors[member] = _create(place, self._threads, name, self._placement_group)
+        actor = _create(place, self._threads, name, self._placement_group)
+        self._known[member] = Known(actor, place.address)
         self._last[member] = 0
         return member
 
     def take_over(self, known: Mapping[int, Known], *, next_member: int) -> None:
         """Supervise actors that another process started. They report what has not been acknowledged."""
         self._next = next_member
-        for member, one in known.items():
-            self._addresses[member] = one.address
-            self._actors[member] = one.actor
+        self._known.update(known)
+        for member in known:
             self._last[member] = 0
             self._ask(member)
 
@@ -194,11 +192,11 @@ class Fleet:
 
     def find(self, member: int, address: str) -> Any:
         """Ask an actor where it runs, once its device is open; the answer comes with `get`."""
-        return self._actors[member].locate.remote(address)
+        return self._known[member].actor.locate.remote(address)
 
     def start(self, assignments: Mapping[int, Assignment]) -> None:
         """Let replicas live."""
-        calls: list[Any] = [self._actors[member].start.remote(order) for member, order in assignments.items()]
+        calls: list[Any] = [self._known[member].actor.start.remote(order) for member, order in assignments.items()]
         for member, call in zip(assignments, calls, strict=True):
             self.get(call)
             self._ask(member)
@@ -211,7 +209,7 @@ class Fleet:
         ready, _ = ray.wait(list(self._waiting), num_returns=1, timeout=timeout_s)
         for call in ready:
             member = self._waiting.pop(call)
-            if member not in self._actors:
+            if member not in self._known:
                 continue
             try:
                 self._last[member], reports = ray.get(call)
@@ -245,42 +243,42 @@ class Fleet:
     def adopt(self, shares: Shares, members: Sequence[int]) -> None:
         """Publish a generation to the members of the group; they adopt it together at a step boundary."""
         for member in members:
-            self._actors[member].adopt.remote(shares)
+            self._known[member].actor.adopt.remote(shares)
 
     def regroup(self, orders: Mapping[int, Regroup]) -> None:
         """Let members form another group."""
         for member, order in orders.items():
-            self._actors[member].regroup.remote(order)
+            self._known[member].actor.regroup.remote(order)
 
     def stop(self, reason: str) -> None:
         """Ask every member to save and leave at the next step boundary."""
-        for actor in self._actors.values():
-            actor.stop.remote(reason)
+        for one in self._known.values():
+            one.actor.stop.remote(reason)
 
     def start_co_tenant(self, member: int, co_tenant: CoTenantConfig) -> int:
         """Start a co-tenant on a member's host; returns its pid."""
-        pid: int = self.get(self._actors[member].start_co_tenant.remote(co_tenant))
+        pid: int = self.get(self._known[member].actor.start_co_tenant.remote(co_tenant))
         return pid
 
     def end_co_tenant(self, member: int, co_tenant: CoTenantConfig) -> None:
         """Let a co-tenant give its memory back; it has, where the member that started it is lost."""
-        if member in self._actors:
-            self.get(self._actors[member].end_co_tenant.remote(co_tenant))
+        if member in self._known:
+            self.get(self._known[member].actor.end_co_tenant.remote(co_tenant))
 
     def forget(self, member: int) -> None:
         """End a member's actor, which need not answer any more, and do without it."""
-        actor = self._actors.pop(member, None)
+        one = self._known.pop(member, None)
         self._hearts.pop(member, None)
         self.dismiss(member)
-        if actor is not None:
-            self._errands.send(lambda: ray.kill(actor, no_restart=True))
+        if one is not None:
+            self._errands.send(lambda: ray.kill(one.actor, no_restart=True))
 
     def rest_of_logs(self, newest: Mapping[int, LogReport]) -> Iterator[tuple[int, LogReport]]:
         """What members have printed since their newest report; nothing of those that do not answer."""
         calls: dict[Any, int] = {
-            self._actors[member].rest_of_log.remote(report): member
+            self._known[member].actor.rest_of_log.remote(report): member
             for member, report in newest.items()
-            if member in self._actors
+            if member in self._known
         }
         ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LAST_WORDS_S) if calls else ([], [])
         for call in ready:
@@ -290,11 +288,11 @@ class Fleet:
     def kill(self) -> None:
         """End every actor, and what it started, and wait until they are gone."""
         self._errands.wait(_DEATH_S)
-        actors = list(self._actors.values())
+        actors = [one.actor for one in self._known.values()]
         for actor in actors:
             ray.kill(actor, no_restart=True)
         self._waiting.clear()
-        self._actors.clear()
+        self._known.clear()
         for actor in actors:
             with contextlib.suppress(RayActorError, GetTimeoutError):
                 ray.get(actor.answer.remote(), timeout=_DEATH_S)
@@ -313,8 +311,8 @@ class Fleet:
         return bool(ray.wait([call], timeout=0)[0])
 
     def _ask(self, member: int) -> None:
-        if member in self._actors:
-            self._waiting[self._actors[member].reports.remote(self._last[member], _POLL_S)] = member
+        if member in self._known:
+            self._waiting[self._known[member].actor.reports.remote(self._last[member], _POLL_S)] = member
 
     def _hear(self, member: int) -> None:
         if member in self._hearts:
@@ -332,7 +330,7 @@ class Fleet:
                 heart.heard_s = max(heart.heard_s, now_s)
         for member, heart in self._hearts.items():
             if heart.question is None and now_s - max(heart.asked_s, heart.heard_s) >= every_s:
-                heart.asked_s, heart.question = now_s, self._actors[member].answer.remote()
+                heart.asked_s, heart.question = now_s, self._known[member].actor.answer.remote()
 
 
 def settings() -> dict[str, str]:

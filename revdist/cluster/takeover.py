@@ -41,9 +41,9 @@ def find(run_id: str, *, threads: int, heartbeat_s: float, heritage: Heritage | 
     Those that had not joined yet, and those that do not answer within `heartbeat_s` of the first, are ended.
     heritage: what is known of them already; None: the Ray head is asked.
     """
-    actors = _actors(run_id) if heritage is None else {m: one.actor for m, one in heritage.known.items()}
+    known = {m: Known(actor, "") for m, actor in _actors(run_id).items()} if heritage is None else heritage.known
     lost = frozenset[int]() if heritage is None else heritage.lost
-    calls = {member: actor.standing.remote() for member, actor in actors.items() if member not in lost}
+    calls = {member: one.actor.standing.remote() for member, one in known.items() if member not in lost}
     if not calls:
         return None
     _, silent = ray.wait(list(calls.values()), num_returns=1, timeout=_ANSWER_S)
@@ -55,16 +55,14 @@ def find(run_id: str, *, threads: int, heartbeat_s: float, heritage: Heritage | 
         if standing is not None and standing.shares is not None:
             standings[member] = standing
     if not standings:
-        for actor in actors.values():
-            ray.kill(actor)
+        for one in known.values():
+            ray.kill(one.actor)
         return None
     fleet = Fleet((), threads=threads, run_id=run_id)
-    addresses = {member: standing.place.address for member, standing in standings.items()}
-    fleet.take_over(
-        {member: Known(actor, addresses.get(member, "")) for member, actor in actors.items()},
-        next_member=max(actors) + 1,
-    )
-    for member in actors.keys() - standings.keys():
+    places = {member: standing.place for member, standing in standings.items()}
+    placed = {m: Known(known[m].actor, place.address) for m, place in places.items()}
+    fleet.take_over({**known, **placed}, next_member=max(known) + 1)
+    for member in known.keys() - standings.keys():
         fleet.forget(member)
     newest = max(standing.group for standing in standings.values())
     by_rank = {standing.rank: member for member, standing in standings.items() if standing.group == newest}
@@ -73,7 +71,7 @@ def find(run_id: str, *, threads: int, heartbeat_s: float, heritage: Heritage | 
         fleet=fleet,
         groups=Groups.taken_over(new_prefix(), newest, tuple(by_rank.get(rank) for rank in range(world_size))),
         locations={member: standing.location for member, standing in standings.items()},
-        places={member: standing.place for member, standing in standings.items()},
+        places=places,
         standings=standings,
     )
 
