@@ -1,10 +1,7 @@
 """Time from the command to the end of the first optimizer step: revdist beside torchrun.
 
-    python benchmarks/start.py [--rounds 5] [--out benchmarks/results/start.json]
-
-Both train the same reversible network on the same data with the same global batch, on two CPU
-processes with DistributedDataParallel over gloo. Rounds are interleaved; the table shows medians.
-revdist is measured with a cached profile, as every run but the first has it, and without.
+python benchmarks/start.py             writes a table and the raw numbers
+python benchmarks/start.py --rounds 3
 """
 
 from __future__ import annotations
@@ -12,19 +9,36 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from provenance import ROOT, provenance
+from rich.console import Console
 
+from benchmarks.page import page
+from benchmarks.provenance import RESULTS, ROOT, provenance
+from benchmarks.table import Table
 from revdist.training.run_directory import RunReader
 
+COMMAND = "python benchmarks/start.py"
+GOAL = 1.3
+"""Most that revdist may take, as a multiple of torchrun's time."""
+METHOD = (
+    "Both train the same RevNet for digits on the same data with the same global batch, on two CPU processes with "
+    "DistributedDataParallel over gloo, one thread each. Seconds from the command to the end of the first optimizer "
+    "step. Ways take turns, each round in another order; ratios are medians of those within rounds, with the quartiles "
+    "over rounds."
+)
+TORCHRUN, KNOWN, UNSEEN = "torchrun", "revdist, profile in its cache", "revdist, model never seen"
 GLOBAL_BATCH = 64
+STEPS_TO_PROFILE = 8
+"""By which a model has been measured between them."""
 CONFIG = {
     "name": "start",
     "model": {"factory": "revdist.models:revnet_digits"},
@@ -61,53 +75,73 @@ dist.barrier()
 dist.destroy_process_group()
 """
 
+Seconds = Mapping[str, Sequence[float]]
+"""Per way, one number a round."""
 
-def main() -> None:
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    options = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
+    options = parser.parse_args(arguments)
+    about = provenance(["torch", "ray", "revdist"]) | {"command": COMMAND, "method": METHOD}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        times = _measure(folder, options.rounds)
-    result = {"provenance": provenance(["torch", "ray", "revdist"]), "seconds": times, "medians": _medians(times)}
-    _show(result["medians"])
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        seconds = _measure(Path(name), options.rounds)
+    table = as_table(seconds)
+    Console(width=120).print(table.for_terminal())
+    _write(options.out, about, seconds, table)
+
+
+def as_table(seconds: Seconds) -> Table:
+    rows = [
+        [way, f"{statistics.median(times):.1f}", _ratio(times, seconds[TORCHRUN]), _goal(way, times, seconds[TORCHRUN])]
+        for way, times in seconds.items()
+    ]
+    columns = ["start to first step", "median, s", "of torchrun's", f"goal: at most {GOAL}"]
+    return Table(title="From the command to the first step", columns=columns, rows=rows,
+                 colors={"met": "green", "missed": "red"})  # fmt: skip
 
 
 def _measure(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds per launcher, one entry a round."""
-    first_profile = _revdist(folder, "cold")
-    _revdist(folder, "cached")  # fills the cache that the rounds use
-    launchers: dict[str, Callable[[int], float]] = {
-        "torchrun": lambda number: _torchrun(folder, number),
-        "revdist": lambda number: _revdist(folder, "cached", number),
+    """Caches are filled before: what is compiled once on a machine is compiled, and one has no profile left."""
+    known, unseen = folder / "known", folder / "unseen"
+    _revdist(folder, known, "before", f"steps={STEPS_TO_PROFILE}")
+    ways: dict[str, Callable[[str], float]] = {
+        TORCHRUN: lambda name: _torchrun(folder, name),
+        KNOWN: lambda name: _revdist(folder, known, name),
+        UNSEEN: lambda name: _revdist(folder, _without_profiles(known, unseen), name),
     }
-    times: dict[str, list[float]] = {name: [] for name in launchers}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    order = list(ways)
     for number in range(rounds):
-        for name, launch in launchers.items():
-            times[name].append(launch(number))
-    return {**times, "revdist, first profile": [first_profile]}
+        for way in order:
+            seconds[way].append(ways[way](str(number)))
+        order = [*order[1:], order[0]]
+    return seconds
 
 
-def _torchrun(folder: Path, number: int) -> float:
-    script, out = folder / "worker.py", folder / f"torchrun-{number}.json"
+def _without_profiles(cache: Path, copy: Path) -> Path:
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(cache, copy, ignore=shutil.ignore_patterns("profile-*"))
+    return copy
+
+
+def _torchrun(folder: Path, name: str) -> float:
+    script, out = folder / "worker.py", folder / f"torchrun-{name}.json"
     script.write_text(TORCHRUN_WORKER, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    began = time.time()
-    _run([*command, str(script), str(out)], _environment(folder, "none"))
-    return float(json.loads(out.read_text(encoding="utf-8"))) - began
+    began_s = time.time()
+    _run([*command, str(script), str(out)], _environment(folder, folder / "none"))
+    return float(json.loads(out.read_text(encoding="utf-8"))) - began_s
 
 
-def _revdist(folder: Path, cache: str, number: int = -1) -> float:
-    config, run_dir = folder / "start.json", folder / f"run-{cache}-{number}"
+def _revdist(folder: Path, cache: Path, name: str, *changes: str) -> float:
+    config, run_dir = folder / "start.json", folder / f"run-{name}-{cache.name}"
     config.write_text(json.dumps(CONFIG), encoding="utf-8")
-    command = [sys.executable, "-m", "revdist.cli", "launch", str(config), "--run-dir", str(run_dir)]
-    began = time.time()
+    command = [sys.executable, "-m", "revdist.cli", "launch", str(config), "--run-dir", str(run_dir), *changes]
+    began_s = time.time()
     _run(command, _environment(folder, cache))
-    return float(next(RunReader(run_dir).metrics())["time"]) - began
+    return float(next(RunReader(run_dir).metrics())["time"]) - began_s
 
 
 def _run(command: list[str], environment: dict[str, str]) -> None:
@@ -116,24 +150,40 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
 
-def _environment(folder: Path, cache: str) -> dict[str, str]:
+def _environment(folder: Path, cache: Path) -> dict[str, str]:
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
-        "REVDIST_CACHE_DIR": str(folder / f"cache-{cache}"),
+        "REVDIST_CACHE_DIR": str(cache),
         "REVDIST_DEVICES_DIR": str(folder / "devices"),
     }
 
 
-def _medians(times: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+def _ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(times, base, strict=True)]
 
 
-def _show(medians: dict[str, float]) -> None:
-    print(f"{'start to first step':28}{'seconds':>8}{'ratio':>8}")
-    for name, seconds in medians.items():
-        print(f"{name:28}{seconds:8.1f}{seconds / medians['torchrun']:8.2f}")
+def _ratio(times: Sequence[float], base: Sequence[float]) -> str:
+    ratios = _ratios(times, base)
+    if len(ratios) < 2:
+        return f"{ratios[0]:.2f}"
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _goal(way: str, times: Sequence[float], base: Sequence[float]) -> str:
+    if way == TORCHRUN:
+        return ""
+    return "met" if statistics.median(_ratios(times, base)) <= GOAL else "missed"
+
+
+def _write(folder: Path, about: dict[str, Any], seconds: Seconds, table: Table) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"start-{about['date'][:10]}"
+    content = {"about": about, "seconds": seconds}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(page("Time to the first step", about, [table]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Who goes on with a run whose supervisor's host is lost: an actor on another host, which waits for just that.
+"""Who goes on with a run whose supervisor is lost with its host, or for good: an actor on another host.
 
 A deputy has loaded what a supervisor needs and knows the replicas, so that it goes on as soon as it is sure. It is sure
 where the supervisor is silent, nothing on its host answers, and the lock of the run directory is free: a supervisor
-that lives, cut off or not, holds that lock. One that was merely killed is started again by its watchman.
+that lives, cut off or not, holds that lock. One that was merely killed is started again by its watchman, and where
+it has none, or both are gone, the deputy comes a little later.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from revdist.config import RunConfig
 _TICK_S = 0.05
 _PROBE_S = 0.3
 """Longest wait for the supervisor's host to take a connection."""
+_COMES_BACK_S = 15.0
+"""Time for a watchman to start a supervisor anew that was killed."""
 
 _log = logging.getLogger(__name__)
 
@@ -45,14 +48,17 @@ class Charge:
 
 @final
 class Vigil:
-    """Waits until the supervisor of a run is lost with its host."""
+    """Waits until the supervisor of a run is lost."""
 
-    def __init__(self, run_dir: Path, *, heartbeat_s: float, patience_s: float) -> None:
-        """heartbeat_s: seconds of silence before which no supervisor is lost. patience_s: those after which it does not
-        come back, and nobody waits for it any more.
+    def __init__(
+        self, run_dir: Path, *, heartbeat_s: float, patience_s: float, comes_back_s: float = _COMES_BACK_S
+    ) -> None:
+        """heartbeat_s: seconds of silence before which no supervisor is lost. comes_back_s: those before which one
+        whose host is there is not. patience_s: those after which nobody waits for it any more.
         """
         self._run_dir = run_dir
         self._heartbeat_s = heartbeat_s
+        self._comes_back_s = max(comes_back_s, heartbeat_s)
         self._patience_s = patience_s
         self._heard_s = time.monotonic()
         self.charge: Charge | None = None
@@ -63,21 +69,23 @@ class Vigil:
         if charge is not None:
             self.charge = charge
 
-    def wait(self) -> bool:
-        """Returns True once the run is without a supervisor, False where it is time to leave."""
-        while not self._is_alone or not is_orphaned(self._run_dir):
-            if self._silent_s > self._patience_s:
-                return False
+    def wait(self) -> frozenset[int] | None:
+        """Returns the members that are lost with the supervisor once it is lost, None where it is time to leave."""
+        while self._silent_s <= self._patience_s:
+            lost = self._lost()
+            if lost is not None and is_orphaned(self._run_dir):
+                return lost
             time.sleep(_TICK_S)
-        return True
+        return None
 
-    @property
-    def _is_alone(self) -> bool:
-        """Whether the supervisor has been silent for long enough and its host does not answer either."""
+    def _lost(self) -> frozenset[int] | None:
+        """Who is lost with a supervisor that has been silent for long enough: all on its host, unless that answers."""
         if self.charge is None or self._silent_s < self._heartbeat_s - _PROBE_S:
-            return False
-        answers = takes_connections(self.charge.address, self.charge.port, timeout_s=_PROBE_S)
-        return not answers and self._silent_s >= self._heartbeat_s
+            return None
+        if takes_connections(self.charge.address, self.charge.port, timeout_s=_PROBE_S):
+            return frozenset() if self._silent_s >= self._comes_back_s else None
+        on_it = (member for member, one in self.charge.known.items() if one.address == self.charge.address)
+        return frozenset(on_it) if self._silent_s >= self._heartbeat_s else None
 
     @property
     def _silent_s(self) -> float:
@@ -130,14 +138,16 @@ class Deputy:
         if charge is not None:  # an actor that was called once is found without the Ray head
             self._met = [one.actor.answer.remote() for one in charge.known.values()]
 
-    def lead(self) -> None:
-        """Supervise the run to its end, and leave. In the main thread, so that signals do what they do to a driver."""
+    def lead(self, lost: frozenset[int]) -> None:
+        """Supervise the run to its end, and leave. In the main thread, so that signals do what they do to a driver.
+
+        lost: members that are no more.
+        """
         from revdist.cluster.takeover import Heritage
         from revdist.cluster.trainer import Trainer
 
         charge = self._vigil.charge
         assert charge is not None
-        lost = frozenset(member for member, one in charge.known.items() if one.address == charge.address)
         trainer = Trainer(self._config, run_dir=self._run_dir, resume=True, log_dir=self._log_dir)
         try:
             trainer.take_over(Heritage(known=charge.known, lost=lost, addresses=self._addresses))
@@ -147,10 +157,10 @@ class Deputy:
             os._exit(0)
 
     def _watch(self, own: Any) -> None:
-        if self._vigil.wait():
-            own.lead.remote()
-        else:
+        lost = self._vigil.wait()
+        if lost is None:
             os._exit(0)
+        own.lead.remote(lost)
 
 
 def _load() -> None:

@@ -30,7 +30,7 @@ class Heritage:
 
     known: Mapping[int, Known]
     lost: frozenset[int]
-    """Those of them that were on the host that is lost."""
+    """Those of them that were on a host that is lost."""
     addresses: Mapping[str, str]
     """As `revdist.cluster.local.addresses` tells them on the deputy's host."""
 

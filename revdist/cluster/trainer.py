@@ -103,7 +103,7 @@ class Trainer:
         return self._run(run_dir)
 
     def take_over(self, heritage: Heritage) -> Result:
-        """Go on with a run whose supervisor's host is lost, from another one. Raises as `fit`."""
+        """Go on with a run whose supervisor is lost, from another host. Raises as `fit`."""
         return self._run(self.choose_run_dir(), heritage)
 
     def _run(self, run_dir: Path, heritage: Heritage | None = None) -> Result:

@@ -17,6 +17,7 @@ import pytest
 import revdist
 from revdist.cluster.claim import DETACHED, RunClaim
 from revdist.cluster.deputy import Charge, Vigil
+from revdist.cluster.fleet import Known
 from revdist.cluster.run_record import read_record, write_record
 
 SUPERVISOR = """
@@ -65,9 +66,10 @@ def orphan(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run_dir / "run.json").write_text(record)
 
 
-def charged(run_dir: Path, port: int) -> Vigil:
-    vigil = Vigil(run_dir, heartbeat_s=HEARTBEAT_S, patience_s=PATIENCE_S)
-    vigil.hear(Charge(known={}, address="127.0.0.1", port=port))
+def charged(run_dir: Path, port: int, **times: float) -> Vigil:
+    vigil = Vigil(run_dir, heartbeat_s=HEARTBEAT_S, patience_s=PATIENCE_S, **times)
+    known = {member: Known(None, address) for member, address in enumerate(("127.0.0.1", "10.0.0.2", "127.0.0.1"))}
+    vigil.hear(Charge(known=known, address="127.0.0.1", port=port))
     return vigil
 
 
@@ -84,7 +86,7 @@ def test_it_takes_over_where_supervisor_host_and_lock_are_gone(
     orphan(run_dir, monkeypatch)
     vigil = charged(run_dir, closed(host))
     began_s = time.monotonic()
-    assert vigil.wait()
+    assert vigil.wait() == {0, 2}, "the replicas on its host are lost too"
     assert time.monotonic() - began_s >= HEARTBEAT_S
 
 
@@ -92,14 +94,31 @@ def test_a_supervisor_whose_host_answers_is_left_to_its_watchman(
     run_dir: Path, host: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orphan(run_dir, monkeypatch)
-    assert not charged(run_dir, host.getsockname()[1]).wait()
+    assert charged(run_dir, host.getsockname()[1]).wait() is None
+
+
+def test_one_whose_host_answers_and_whom_nobody_starts_anew_is_followed(
+    run_dir: Path, host: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orphan(run_dir, monkeypatch)
+    vigil = charged(run_dir, host.getsockname()[1], comes_back_s=2 * HEARTBEAT_S)
+    began_s = time.monotonic()
+    assert vigil.wait() == frozenset(), "no replica is lost"
+    assert time.monotonic() - began_s >= 2 * HEARTBEAT_S
+
+
+def test_one_whose_host_answers_and_who_holds_the_lock_is_busy(
+    run_dir: Path, host: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with claim(run_dir, monkeypatch):
+        assert charged(run_dir, host.getsockname()[1], comes_back_s=HEARTBEAT_S).wait() is None
 
 
 def test_a_supervisor_that_is_cut_off_keeps_its_run(
     run_dir: Path, host: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with claim(run_dir, monkeypatch):
-        assert not charged(run_dir, closed(host)).wait()
+        assert charged(run_dir, closed(host)).wait() is None
 
 
 def test_a_run_that_has_ended_is_not_begun_again(
@@ -107,7 +126,7 @@ def test_a_run_that_has_ended_is_not_begun_again(
 ) -> None:
     with claim(run_dir, monkeypatch):
         (run_dir / "config.yaml").touch()
-    assert not charged(run_dir, closed(host)).wait()
+    assert charged(run_dir, closed(host)).wait() is None
 
 
 def test_one_that_is_heard_again_and_again_is_there(

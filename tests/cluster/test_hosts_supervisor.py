@@ -114,6 +114,27 @@ def test_where_the_ray_head_is_lost_with_it_the_deputy_goes_on_and_saves_in_time
     assert not run.events("resumed")
 
 
+def test_a_deputy_that_leads_and_is_killed_is_followed_by_the_next(network: Network, tmp_path: Path) -> None:
+    """Nobody starts it anew, and its host is there."""
+    run = detached(network, tmp_path / "it")
+    head, lost, other = network.hosts
+    lose(lost)
+    run.wait_for("deputy", lambda: record(run).deputy == other.name)
+    (leading,) = deputies(head)
+    run.wait_for_step(run.done[-1]["step"] + 5)
+    before = replicas(head) + replicas(other)
+    leading.kill()
+    run.wait_for("the next", lambda: len(run.events("supervisor")) == 2)
+    assert record(run).host == other.name
+    assert sorted(replicas(head) + replicas(other)) == sorted(before), "a replica was lost"
+    hurry(run.folder)
+    run.wait_for("end", lambda: record(run).ended_s is not None)
+    assert record(run).exit_code == 0
+    assert len(run.done[-1]["ranks"]) == 2
+    assert not run.events("resumed")
+    assert_nothing_was_lost(run, unharmed(network, tmp_path / "alone"))
+
+
 def test_a_run_that_a_deputy_took_over_is_stopped_where_it_is_now(network: Network, tmp_path: Path) -> None:
     run = detached(network, tmp_path / "it")
     head, lost, other = network.hosts
