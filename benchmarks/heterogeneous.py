@@ -8,6 +8,7 @@ python benchmarks/heterogeneous.py --batch 256  steps four times as long
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import statistics
 import sys
@@ -63,9 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(f"{case.title}: {finding.typical(lambda each: each.of_sum('revdist')):.2f} of the sum alone")
             found.append(finding)
     usual = options.batch == GLOBAL_BATCH
-    batch, chosen = "" if usual else f" --batch {options.batch}", options.cases
     about = provenance(["ray", "revdist", "torch"]) | {
-        "command": COMMAND + batch + (f" --cases {' '.join(chosen)}" if chosen else ""),
+        "command": shlex.join([*COMMAND.split(), *(sys.argv[1:] if arguments is None else arguments)]),
         "method": METHOD.format(batch=options.batch, warm=WARM_STEPS),
     }
     result = Result(about=about | {"turn_s": turn_s}, findings=tuple(found))
