@@ -49,14 +49,27 @@ def addresses() -> dict[str, str]:
     """
     import ray
 
-    context = ray.get_runtime_context()
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    own = next(node for node in nodes if node["NodeID"] == context.get_node_id())
+    own = _own_node()
     port = own.get("MetricsExportPort")
     return {
-        "ray_address": str(context.gcs_address),
+        "ray_address": str(ray.get_runtime_context().gcs_address),
         "metrics_url": f"http://{own['NodeManagerAddress']}:{port}/metrics" if port else "",
     }
+
+
+def raylet_address() -> str:
+    """`HOST:PORT` at which this host's part of the connected cluster listens."""
+    own = _own_node()
+    return f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}"
+
+
+def _own_node() -> dict[str, Any]:
+    """This host as Ray knows it."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    own = ray.get_runtime_context().get_node_id()
+    return next(node for node in nodes if node["NodeID"] == own)
 
 
 def session_folder() -> str:

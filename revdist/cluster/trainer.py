@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from revdist.cluster.claim import RunClaim, is_orphaned, refuse_living
-from revdist.cluster.head import HeadWatch
-from revdist.cluster.local import addresses, ray_cluster, session_folder
+from revdist.cluster.lifelines import Lifelines
+from revdist.cluster.local import addresses, ray_cluster, raylet_address, session_folder
 from revdist.cluster.observer import Observer, Observers
 from revdist.cluster.run_record import RAY_SESSION
 from revdist.cluster.signals import StopRequest, stop_on_signals, stopped_at_start
@@ -116,8 +116,11 @@ class Trainer:
             session = session_folder() if own_ray else os.environ.get(RAY_SESSION, "")
             claim.update(own_ray=bool(session), ray_session=session, **found)
             try:
-                with HeadWatch(found["ray_address"], patience_s=self.config.faults.head_s) as head:
-                    return self._fit(claim, stop, head, heritage)
+                # The replicas of a detached run in a given cluster outlive this host's part of Ray, on other hosts.
+                raylet = None if claim.record.detached and not session else raylet_address()
+                head_s = self.config.faults.head_s
+                with Lifelines(found["ray_address"], head_s=head_s, raylet=raylet) as lifelines:
+                    return self._fit(claim, stop, lifelines, heritage)
             except Preempted as error:
                 if error.facts.get("signal") == "SIGINT":
                     raise KeyboardInterrupt(error.message) from error
@@ -136,7 +139,7 @@ class Trainer:
             finally:
                 fleet.kill()
 
-    def _fit(self, claim: RunClaim, stop: StopRequest, head: HeadWatch, heritage: Heritage | None) -> Result:
+    def _fit(self, claim: RunClaim, stop: StopRequest, lifelines: Lifelines, heritage: Heritage | None) -> Result:
         # Ray is connected by now, and its modules can be imported.
         from revdist.cluster.logs import LogFiles
         from revdist.cluster.metrics import RunMetrics
@@ -148,7 +151,7 @@ class Trainer:
         logs = LogFiles(self.choose_log_dir(run_dir))
         observer = Observers(claim, logs, RunMetrics(self.config.name), self.observer)
         assign = functools.partial(self._assignment, run_dir)
-        stop_reason = head.or_gone(stop)
+        stop_reason = lifelines.or_cut(stop)
         restarter = Restarter(
             self.config,
             assign=lambda resume: functools.partial(self._assignment, run_dir, resume=resume),
@@ -187,7 +190,7 @@ class Trainer:
                 controller.gather_logs()
             logs.close()
             writer.close()
-            if not head.is_gone:  # else Ray ends them, and cannot be asked to
+            if not lifelines.head_is_gone:  # else Ray ends them, and cannot be asked to
                 crew.fleet.kill()
 
     def _succession(self, claim: RunClaim, fleet: Fleet) -> AbstractContextManager[object]:

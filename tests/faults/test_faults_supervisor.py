@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from harm import BOUND, SLOW, final_state, holder, is_dead, launch, wait_until
@@ -18,7 +19,7 @@ from runs import settings
 from revdist.cluster.local import addresses
 from revdist.cluster.stopping import stop_run
 from revdist.devices import list_devices
-from revdist.training.checkpoint_files import checkpoints
+from revdist.training.checkpoint_files import checkpoints, newest_whole
 from revdist.training.run_directory import RunReader
 
 pytestmark = pytest.mark.usefixtures("devices_folder")
@@ -136,3 +137,19 @@ def test_replicas_that_nobody_comes_back_to_save_and_leave(detached: Callable[..
     wait_until(lambda: all(is_dead(pid) for pid in replicas), "replicas stayed", PATIENCE_S)
     assert checkpoints(run_dir / "checkpoints")
     assert not [one for reading in list_devices() for one in reading.holders]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_run_whose_clusters_raylet_is_lost_saves_and_leaves(detached: Callable[..., Path]) -> None:
+    run_dir = detached()
+    replicas = [holder("cpu-0"), holder("cpu-1")]
+    watchman, _ = pids(run_dir)
+    (raylet,) = [one for one in psutil.Process(watchman).children(recursive=True) if one.name() == "raylet"]
+    raylet.kill()
+    wait_until(lambda: record(run_dir)["ended_s"] is not None, "the run did not end", PATIENCE_S)
+    assert (record(run_dir)["state"], record(run_dir)["exit_code"]) == ("stopped", 143)
+    assert "the loss of this host's raylet" in " ".join(record(run_dir)["error"])
+    assert steps(run_dir) == list(range(1, len(steps(run_dir)) + 1))
+    assert newest_whole(run_dir / "checkpoints").checkpoint.step == len(steps(run_dir))
+    wait_until(lambda: all(is_dead(pid) for pid in (*replicas, watchman)), "something stayed")

@@ -1,0 +1,97 @@
+"""What of Ray a run hangs on: whether it still answers, and leaving in order where it does not come back.
+
+Training needs the head of the cluster for nothing but starting and ending actors, so it goes on without. Ray,
+though, ends the driver and every process on the other hosts once the head has been gone for a minute. By then the
+run has saved. A head that comes back before, with its state kept, is no loss.
+
+A host's own part of Ray, the raylet, does not come back. Its replicas train on without, until Ray ends them a
+quarter of a minute later; where that is the end of all of them, the run saves at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, final
+
+from revdist.cluster.address import parse_address, takes_connections
+from revdist.errors import ConfigError
+
+_LOOK_S = 1.0
+_RAY_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+_RAY_GIVES_UP_S = 60.0
+"""Ray's own patience by default."""
+_RAYLET_S = 3.0
+"""Seconds after which a raylet that takes no connection is gone: less than Ray leaves its processes."""
+
+
+@final
+class _Lifeline:
+    """One end that must take connections."""
+
+    def __init__(self, what: str, address: str, patience_s: float) -> None:
+        self.name = f"{what} at {address}"
+        self._end = parse_address(address)
+        self._patience_s = patience_s
+        self._seen_s = time.monotonic()
+
+    @property
+    def is_cut(self) -> bool:
+        return time.monotonic() - self._seen_s > self._patience_s
+
+    def look(self) -> None:
+        if takes_connections(*self._end, timeout_s=_LOOK_S):
+            self._seen_s = time.monotonic()
+
+
+@final
+class Lifelines:
+    """Looks after the head of a cluster, and this host's raylet where replicas end with it, while it is entered."""
+
+    def __init__(self, head: str, *, head_s: float | None = None, raylet: str | None = None) -> None:
+        """head: `HOST:PORT` of Ray's GCS. head_s: seconds for which it may be away; None: half of Ray's patience.
+        raylet: `HOST:PORT` of this host's; None: replicas go on without.
+
+        Raises ConfigError where Ray would be the first to give up.
+        """
+        ray_s = float(os.environ.get(_RAY_PATIENCE, _RAY_GIVES_UP_S))
+        leave_s = ray_s / 2 if head_s is None else head_s
+        if leave_s >= ray_s:
+            raise ConfigError(
+                f"faults.head_s is {leave_s:g}, and Ray ends all processes {ray_s:g} s after its head is gone: "
+                f"set it lower, to leave time for saving, or {_RAY_PATIENCE} higher on every host of the cluster"
+            )
+        self._head = _Lifeline("the Ray head", head, leave_s)
+        self._all = [self._head] if raylet is None else [self._head, _Lifeline("this host's raylet", raylet, _RAYLET_S)]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="revdist-lifelines", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+
+    @property
+    def head_is_gone(self) -> bool:
+        """Whether the head has been away for so long that the run should leave before Ray ends it."""
+        return self._head.is_cut
+
+    def or_cut(self, stop_reason: Callable[[], str | None]) -> Callable[[], str | None]:
+        """Why the run shall save and end: what `stop_reason` says, or what is gone."""
+
+        def reason() -> str | None:
+            return stop_reason() or next((f"the loss of {one.name}" for one in self._all if one.is_cut), None)
+
+        return reason
+
+    def _look(self) -> None:
+        while not self._ended.wait(_LOOK_S):
+            for one in self._all:
+                one.look()
