@@ -6,8 +6,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,11 @@ def provenance(distributions: Iterable[str]) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "commit": _commit(),
     }
+
+
+def command_line(command: str, arguments: Sequence[str] | None) -> str:
+    """The whole command; arguments: as given to its `main`, None: those of this process."""
+    return shlex.join([*command.split(), *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def _cpu_name() -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import statistics
@@ -46,7 +47,10 @@ OPERATORS = 24
 PER_REPLICA = 32
 """Samples of the global batch per replica."""
 REPEATS = 18
-"""More than a window of times: the worst of them weighs new shares."""
+STEPS = 16 * 16 + 2
+"""Enough for the keeper of shares to look at sixteen windows at once: the worst of them does."""
+NOISY_STEPS = 7
+"""That are different."""
 SHARED, DISTINCT = "split, curves shared by type", "split, every replica's curve another one"
 PLANNED = "a curve per type from its profile, and the split"
 READINGS, TIMES = "readings: budget and decision of every replica", "times of a step taken in, by the keeper of shares"
@@ -76,8 +80,14 @@ class Simulation:
         self.keeper = self._started(num_replicas)
         self.held_bytes = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-        self.rows = [
-            Row(share=share, compute_s=curve.step_s(share), generation=self._shares.generation)
+        self.rows = itertools.cycle([self._rows(rng) for _ in range(NOISY_STEPS)])
+
+    def _rows(self, rng: random.Random) -> list[Row]:
+        """A step in which every replica is a little off its curve."""
+        return [
+            Row(
+                share=share, compute_s=curve.step_s(share) * rng.uniform(0.97, 1.03), generation=self._shares.generation
+            )
             for share, curve in zip(self._shares.by_rank, self.own, strict=True)
         ]
 
@@ -105,7 +115,8 @@ class Simulation:
             decide(Standing(budget_bytes=self.budgets[kind], need_bytes=4 * MIB, minimum_bytes=MIB), budget, 0.0, rules)
 
     def take_times(self) -> None:
-        self.keeper.take_rows(self.rows)
+        shares = self.keeper.take_rows(next(self.rows))
+        assert shares is None, "noise changed shares: what follows would be taken in at once"
 
     def publish(self) -> None:
         shares = Shares(generation=self._shares.generation, by_rank=self._shares.by_rank, reason="share")
@@ -174,17 +185,17 @@ def measure(run: Simulation) -> dict[str, dict[str, float]]:
         DISTINCT: _timed(lambda: split(run.others, run.batch)),
         PLANNED: _timed(run.plan_and_split),
         READINGS: _timed(run.read),
-        TIMES: _timed(run.take_times),
+        TIMES: _timed(run.take_times, STEPS),
         PUBLISHED: _timed(run.publish),
-        ROUND: _timed(run.round),
+        ROUND: _timed(run.round, STEPS),
         REGROUPED: _timed(run.regroup),
     }
 
 
-def _timed(work: Callable[[], Any]) -> dict[str, float]:
+def _timed(work: Callable[[], Any], repeats: int = REPEATS) -> dict[str, float]:
     work()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         began_s = time.perf_counter()
         work()
         times.append(time.perf_counter() - began_s)

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.page import page
-from benchmarks.provenance import RESULTS, ROOT, provenance
+from benchmarks.provenance import RESULTS, ROOT, command_line, provenance
 from benchmarks.table import Table
 from revdist.training.run_directory import RunReader
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     options = parser.parse_args(arguments)
-    about = provenance(["torch", "ray", "revdist"]) | {"command": COMMAND, "method": METHOD}
+    about = provenance(["torch", "ray", "revdist"]) | {"command": command_line(COMMAND, arguments), "method": METHOD}
     with tempfile.TemporaryDirectory() as name:
         seconds = _measure(Path(name), options.rounds)
     table = as_table(seconds)
@@ -106,6 +106,8 @@ def _measure(folder: Path, rounds: int) -> dict[str, list[float]]:
     """Caches are filled before: what is compiled once on a machine is compiled, and one has no profile left."""
     known, unseen = folder / "known", folder / "unseen"
     _revdist(folder, known, "before", f"steps={STEPS_TO_PROFILE}")
+    if not any(known.glob("profile-*")):
+        raise SystemExit(f"no profile after {STEPS_TO_PROFILE} steps")
     ways: dict[str, Callable[[str], float]] = {
         TORCHRUN: lambda name: _torchrun(folder, name),
         KNOWN: lambda name: _revdist(folder, known, name),

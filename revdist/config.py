@@ -113,11 +113,9 @@ class ReplanConfig(Section):
     every_s: float = pydantic.Field(0.5, gt=0)
     """Seconds between readings."""
     min_change: float = pydantic.Field(0.05, ge=0)
-    """Relative change of the budget below which the plan is kept."""
+    """Relative gain of budget below which the plan is kept, and part of the step time that new shares must save."""
     settle_s: float = pydantic.Field(1.0, ge=0)
     """Seconds for which more memory must stay free before it is used, or a device be slower before shares change."""
-    min_gain: float = pydantic.Field(0.005, ge=0, lt=1)
-    """Part of the measured step time that new shares must save beyond doubt."""
     shares: bool = True
     """Whether shares may change during the run."""
 

@@ -160,11 +160,9 @@ class Result:
 
     def _losses(self) -> Table:
         rows = [
-            [
-                finding.case.title,
-                *(f"{value:.1%}" for value in dataclasses.astuple(finding.losses)),
-            ]
+            [finding.case.title, *(f"{value:.1%}" for value in dataclasses.astuple(finding.losses))]
             for finding in self.findings
+            if not finding.case.taken  # a device whose memory changes has no mean speed to compare with
         ]
         columns = [
             "part of the mean step",

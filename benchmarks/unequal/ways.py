@@ -176,7 +176,7 @@ def _config(case: Case, ranks: Sequence[int], global_batch: int) -> dict[str, An
         "tensorboard": False,
         "devices": [{"kind": "cpu", "name": f"cpu-{rank}", "capacity": case.capacities[rank]} for rank in ranks],
         "faults": {"heartbeat_s": _AWAY_S, "head_s": _AWAY_S},
-        # Its key knows the device's kind and not who else computes there: each job measures what it has.
+        # Each job measures for itself, as the first one on a machine does.
         "planning": {"profile_cache": False},
     }
 

@@ -1,9 +1,9 @@
 """Who goes on with a run whose supervisor is lost with its host, or for good: an actor on another host.
 
-A deputy has loaded what a supervisor needs and knows the replicas, so that it goes on as soon as it is sure. It is sure
-where the supervisor is silent, nothing on its host answers, and the lock of the run directory is free: a supervisor
-that lives, cut off or not, holds that lock. One that was merely killed is started again by its watchman, and where
-it has none, or both are gone, the deputy comes a little later.
+A deputy has loaded what a supervisor needs and knows the replicas, so that it goes on as soon as it is sure. It never
+does while the lock of the run directory is held: a supervisor that lives, cut off or not, holds it. With the lock free
+it is sure after a heartbeat where nothing on the supervisor's host answers. Where the host is there, a watchman may
+start the supervisor again, and the deputy waits a little longer for that.
 """
 
 from __future__ import annotations

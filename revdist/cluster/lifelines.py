@@ -20,31 +20,37 @@ from typing import Self, final
 from revdist.cluster.address import parse_address, takes_connections
 from revdist.errors import ConfigError
 
-_LOOK_S = 1.0
+_LOOK_S = 0.5
+_HELD_UP_S = 2.0
+"""Pause between looks, beyond what they take, after which this process has been stopped meanwhile."""
 _RAY_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 _RAY_GIVES_UP_S = 60.0
 """Ray's own patience by default."""
 _RAYLET_S = 3.0
-"""Seconds after which a raylet that takes no connection is gone: less than Ray leaves its processes."""
+"""Seconds after which a raylet that takes no connection is gone: much less than Ray leaves its processes."""
 
 
 @final
 class _Lifeline:
-    """One end that must take connections."""
+    """One end that must take connections, once it has been reached."""
 
-    def __init__(self, what: str, address: str, patience_s: float) -> None:
+    def __init__(self, what: str, address: str, patience_s: float, *, was_reached: bool) -> None:
         self.name = f"{what} at {address}"
+        self.is_cut = False
         self._end = parse_address(address)
         self._patience_s = patience_s
-        self._seen_s = time.monotonic()
+        self._was_reached = was_reached
+        self._missed_since_s: float | None = None
 
-    @property
-    def is_cut(self) -> bool:
-        return time.monotonic() - self._seen_s > self._patience_s
-
-    def look(self) -> None:
+    def look(self, *, held_up: bool) -> None:
+        """held_up: this process was, itself, since the last look: what went before does not count."""
+        asked_s = time.monotonic()
         if takes_connections(*self._end, timeout_s=_LOOK_S):
-            self._seen_s = time.monotonic()
+            self._was_reached, self._missed_since_s = True, None
+        elif self._was_reached and (self._missed_since_s is None or held_up):
+            self._missed_since_s = asked_s
+        missed_since_s = self._missed_since_s
+        self.is_cut = missed_since_s is not None and time.monotonic() - missed_since_s > self._patience_s
 
 
 @final
@@ -64,8 +70,10 @@ class Lifelines:
                 f"faults.head_s is {leave_s:g}, and Ray ends all processes {ray_s:g} s after its head is gone: "
                 f"set it lower, to leave time for saving, or {_RAY_PATIENCE} higher on every host of the cluster"
             )
-        self._head = _Lifeline("the Ray head", head, leave_s)
-        self._all = [self._head] if raylet is None else [self._head, _Lifeline("this host's raylet", raylet, _RAYLET_S)]
+        self._head = _Lifeline("the Ray head", head, leave_s, was_reached=True)
+        self._all = [self._head]
+        if raylet is not None:
+            self._all.append(_Lifeline("this host's raylet", raylet, _RAYLET_S, was_reached=False))
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="revdist-lifelines", daemon=True)
 
@@ -92,6 +100,11 @@ class Lifelines:
         return reason
 
     def _look(self) -> None:
-        while not self._ended.wait(_LOOK_S):
+        looked_s = time.monotonic()
+        while not self._ended.is_set():
+            now_s = time.monotonic()
+            held_up = now_s - looked_s > _HELD_UP_S + len(self._all) * _LOOK_S
+            looked_s = now_s
             for one in self._all:
-                one.look()
+                one.look(held_up=held_up)
+            self._ended.wait(_LOOK_S)

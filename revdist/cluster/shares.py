@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import final
@@ -19,7 +20,9 @@ from revdist.training.row import Row
 
 _WINDOW = 16
 """Fewest steps under unchanged plans after which measured times may change the shares."""
-_LOOKS_BACK = (1, 4, 16)
+_MOST_STEPS = 64
+"""Of a window that are looked at, the latest: steps may be short and replicas many."""
+_LOOKS_BACK = (16, 4, 1)
 """Windows: a device that has just become slow shows in the last, a small difference in many."""
 _LEAST_S = 1e-9
 """No step is faster: keeps ratios finite for models too small to be timed."""
@@ -37,11 +40,15 @@ class ShareKeeper:
         self._inverted: dict[int, StepTimeCurve] = {}
         self._factors: dict[int, float] = {}
         self._known: dict[StepTimeCurve, StepTimeCurve] = {}
-        self._steps_s: list[list[float]] = []
+        self._steps_s: deque[list[float]] = deque(maxlen=_MOST_STEPS)
         """Of the window under way: every member's time, step by step."""
+        self._num_steps = 0
         self._window_s = 0.0
+        """Of these."""
         self._windows: deque[npt.NDArray[np.float64]] = deque(maxlen=max(_LOOKS_BACK))
-        """Earlier ones under the same plans, (steps, members)."""
+        """The last ones under the same plans, (steps, members)."""
+        self._num_windows = 0
+        """Under the same plans."""
         self.shares: Shares | None = None
         """None before every member's first curve."""
 
@@ -61,7 +68,7 @@ class ShareKeeper:
         if not self._may_change or not self._all_solved or not self._all_measured:
             return None
         best, now = self._best(), self.shares.by_rank
-        gain = 1 - slowest_s(self._corrected(), best) / slowest_s(self._corrected(), now)
+        gain = 1 - slowest_s(self._corrected(self._curves), best) / slowest_s(self._corrected(self._curves), now)
         if best == now or gain < self._config.replan.min_change:
             return None
         return self._publish(best, reason="share")
@@ -87,23 +94,25 @@ class ShareKeeper:
         ):
             return None
         self._steps_s.append([row.compute_s for row in rows])
+        self._num_steps += 1
         self._window_s += max(self._steps_s[-1])
         # Sixteen steps of milliseconds do not tell a slow device from a busy moment.
-        if len(self._steps_s) < _WINDOW or self._window_s < self._config.replan.settle_s:
+        if self._num_steps < _WINDOW or self._window_s < self._config.replan.settle_s:
             return None
         self._windows.append(np.array(self._steps_s))
+        self._num_windows += 1
         self._begin_window()
-        for count in _LOOKS_BACK:
-            if count > len(self._windows):
-                break
-            times = np.concatenate(list(self._windows)[-count:])
-            better = resplit(
-                self._in_order(self._curves), self.shares.by_rank, times, min_gain=self._config.replan.min_gain
-            )
-            if better is not None:
-                self._factors.update(zip(self._members, better.factors, strict=True))
-                return self._publish(better.shares, reason="share")
-        return None
+        count = next(count for count in _LOOKS_BACK if self._num_windows % count == 0)
+        better = resplit(
+            self._in_order(self._curves),
+            self.shares.by_rank,
+            np.concatenate(list(self._windows)[-count:]),
+            min_gain=self._config.replan.min_change / math.sqrt(count),
+        )
+        if better is None:
+            return None
+        self._factors.update(zip(self._members, better.factors, strict=True))
+        return self._publish(better.shares, reason="share")
 
     def gains(self) -> dict[str, float | str]:
         """What the shares and schedules in force gain, as ratios of predicted step times.
@@ -112,14 +121,15 @@ class ShareKeeper:
         """
         if self.shares is None or not self._all_solved:
             return {}
-        curves, inverted = self._in_order(self._curves), self._in_order(self._inverted)
+        curves, inverted = self._corrected(self._curves), self._corrected(self._inverted)
         planned_s = max(slowest_s(curves, self.shares.by_rank), _LEAST_S)
         equal = self._equal()
         inverted_s = slowest_s(inverted, split(inverted, self._config.global_batch))
         return {
             "over_all_invert": max(inverted_s, _LEAST_S) / planned_s,
             "over_equal_split": max(slowest_s(curves, equal), _LEAST_S) / planned_s,
-            "basis": "step times predicted from the profiles measured on these devices, at their last budgets",
+            "basis": "step times predicted from the profiles measured on these devices, at their last budgets"
+            + (", and corrected by measured steps" if self._factors else ""),
         }
 
     @property
@@ -140,27 +150,28 @@ class ShareKeeper:
     def _best(self) -> tuple[int, ...]:
         if self._config.planning.share == "equal" or not self._all_measured:
             return self._equal()
-        return split(self._corrected(), self._config.global_batch)
+        return split(self._corrected(self._curves), self._config.global_batch)
 
     def _equal(self) -> tuple[int, ...]:
         return equal_split(self._config.global_batch, len(self._members))
 
-    def _corrected(self) -> list[StepTimeCurve]:
+    def _corrected(self, curves: Mapping[int, StepTimeCurve]) -> list[StepTimeCurve]:
         """Curves as measured steps say they are: a profile cannot know of a neighbour that came later."""
         corrected: dict[tuple[int, float], StepTimeCurve] = {}
         for member in self._members:
-            curve, factor = self._curves[member], self._factors.get(member, 1.0)
+            curve, factor = curves[member], self._factors.get(member, 1.0)
             if (id(curve), factor) not in corrected:
                 corrected[id(curve), factor] = curve if factor == 1.0 else curve.scaled(factor)
-        return [corrected[id(self._curves[member]), self._factors.get(member, 1.0)] for member in self._members]
+        return [corrected[id(curves[member]), self._factors.get(member, 1.0)] for member in self._members]
 
     def _forget_times(self) -> None:
         self._begin_window()
         self._windows.clear()
+        self._num_windows = 0
 
     def _begin_window(self) -> None:
         self._steps_s.clear()
-        self._window_s = 0.0
+        self._num_steps, self._window_s = 0, 0.0
 
     def _keep(self, member: int, report: CurveReport) -> None:
         """Take a member's curves. Equal ones are kept as one object, which the split counts as one."""

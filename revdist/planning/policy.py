@@ -2,7 +2,7 @@
 
 Memory that is lost is met at once. Memory that is gained is used only after it stayed free for a
 while, and only as much as was free throughout: a co-tenant that comes and goes then costs one
-replan, not one a reading. Shares change only when measured steps leave no doubt that new ones are faster.
+replan, not one a reading. Shares change only when measured steps leave little doubt that new ones are faster.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from revdist.errors import InvalidCosts, format_bytes
 from revdist.planning.batch import StepTimeCurve
 from revdist.planning.split import split
 
-_STANDARD_ERRORS = 2.0
-"""By how many a gain must exceed the least one. With steps that vary by 40 % either way, noise alone changes
-shares in one window in a hundred."""
+_BLOCKS = 8
+"""Stretches of consecutive steps whose means are compared: neighbouring steps are slow or fast together."""
+_STANDARD_ERRORS = 2.5
+"""By how many a gain must exceed the least one."""
 
 
 def budget_of(
@@ -161,28 +162,31 @@ def resplit(
     shares: Sequence[int],
     measured_s: npt.ArrayLike,
     *,
-    min_gain: float = 0.005,
+    min_gain: float = 0.05,
 ) -> Resplit | None:
-    """New shares where measured steps say beyond doubt that they are faster; None: keep.
+    """New shares where measured steps leave little doubt that they are faster; None: keep.
 
     curves: the current ones. measured_s (steps, replicas): seconds of each replica's own work under these shares,
-    without waiting for others. Every step tells what it would have taken under the new shares, each replica as much
-    faster or slower as its curve says; the mean of what the steps would have saved, less twice its standard
-    error, must reach `min_gain`. Steps that are noisy, or few, thus change nothing that is not far off, and steady
-    ones soon change what is slightly off.
+    without waiting for others, oldest first, at least eight steps. Every step tells what it would have taken under the
+    new shares, each replica as much faster or slower as its curve says. Steps are taken together in eight stretches;
+    the mean of what these would have saved, less two and a half times its standard error, must reach `min_gain`.
+    Steps that are noisy, or few, thus change nothing that is not far off, and steady ones soon change what is
+    slightly off.
     """
     times = np.asarray(measured_s, np.float64)
     now_s = np.array([curve.step_s(share) for curve, share in zip(curves, shares, strict=True)])
-    if len(times) < 2 or not now_s.all() or not times.max(axis=1).all():
+    usual_s = _middle_mean(times)
+    if len(times) < _BLOCKS or not now_s.all() or not usual_s.all():
         return None
-    factors = tuple((_middle_mean(times) / now_s).tolist())
+    factors = tuple((usual_s / now_s).tolist())
     proposed = split([curve.scaled(factor) for curve, factor in zip(curves, factors, strict=True)], sum(shares))
     if proposed == tuple(shares):
         return None
     ratios = np.array([curve.step_s(share) for curve, share in zip(curves, proposed, strict=True)]) / now_s
-    gains = 1 - (times * ratios).max(axis=1) / times.max(axis=1)
+    saved = 1 - (times * ratios).max(axis=1) / times.max(axis=1)
+    gains = np.array([block.mean() for block in np.array_split(saved, _BLOCKS)])
     gain = float(gains.mean())
-    doubt = _STANDARD_ERRORS * float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    doubt = _STANDARD_ERRORS * float(gains.std(ddof=1)) / math.sqrt(_BLOCKS)
     return Resplit(proposed, gain, factors) if gain - doubt >= min_gain else None
 
 

@@ -146,6 +146,7 @@ class Profiling:
                 "loss": self._config.loss,
                 "precision": self._config.precision,
                 "threads": self._config.threads_per_worker,
+                "clock": _host_clock().__name__,
                 "modes": self._config.planning.modes,
             },
         )

@@ -31,7 +31,7 @@ seconds = st.floats(0.01, 10)
 
 
 @given(st.lists(st.tuples(st.integers(1, 63), seconds, seconds, st.floats(0, 1)), min_size=1, max_size=20))
-def test_parts_are_add_up(drawn: list[tuple[int, float, float, float]]) -> None:
+def test_parts_add_up(drawn: list[tuple[int, float, float, float]]) -> None:
     steps = [step(max(a, b) + rest, (share, 64 - share), (a, b)) for share, a, b, rest in drawn]
     parts = dataclasses.astuple(Losses.of(steps))
     assert sum(parts) == pytest.approx(1)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from harm import SLOW, holder, is_dead, launch, wait_for_steps, wait_until
 from runs import settings
 
+import revdist
 from revdist.cluster.lifelines import Lifelines
 from revdist.errors import ConfigError
 from revdist.training.checkpoint_files import newest_whole
@@ -24,8 +28,27 @@ from revdist.training.run_directory import RunReader
 pytestmark = pytest.mark.usefixtures("devices_folder")
 
 
+WATCHER = """
+import sys, time
+from revdist.cluster.lifelines import Lifelines
+with Lifelines(sys.argv[1], raylet=sys.argv[2]) as watch:
+    reason = watch.or_cut(lambda: None)
+    time.sleep(1)
+    while True:
+        print(reason(), flush=True)
+        time.sleep(0.05)
+"""
+"""Says again and again what is lost."""
+
+
 @pytest.fixture
 def head() -> Iterator[socket.socket]:
+    with listen("127.0.0.1") as listener:
+        yield listener
+
+
+@pytest.fixture
+def raylet() -> Iterator[socket.socket]:
     with listen("127.0.0.1") as listener:
         yield listener
 
@@ -43,6 +66,30 @@ def test_a_head_that_does_not_answer_for_long_is_gone(head: socket.socket, monke
         assert watch.or_cut(lambda: "SIGTERM")() == "SIGTERM"
 
 
+def test_one_that_was_stopped_itself_misses_nobody_for_that(head: socket.socket, raylet: socket.socket) -> None:
+    """Before it has looked again, what it saw last is old; and what it misses then, it begins to miss."""
+    command = [
+        sys.executable,
+        "-c",
+        WATCHER,
+        "{}:{}".format(*head.getsockname()),
+        "{}:{}".format(*raylet.getsockname()),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(revdist.__file__).parent.parent)}
+    watcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert watcher.stdout is not None
+        assert watcher.stdout.readline() == "None\n"
+        watcher.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        watcher.send_signal(signal.SIGCONT)
+        told = [watcher.stdout.readline() for _ in range(60)]
+        assert told == ["None\n"] * 60
+    finally:
+        watcher.kill()
+        watcher.wait(timeout=10)
+
+
 def test_patience_is_configured_and_ends_before_rays(head: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "4")
     host, port = head.getsockname()
@@ -53,15 +100,14 @@ def test_patience_is_configured_and_ends_before_rays(head: socket.socket, monkey
         wait_until(lambda: watch.head_is_gone, "the head is not missed")
 
 
-def test_a_raylet_that_takes_no_connection_is_missed_sooner_than_a_head(head: socket.socket) -> None:
+def test_a_raylet_that_takes_no_connection_is_missed_sooner_than_a_head(
+    head: socket.socket, raylet: socket.socket
+) -> None:
     host, port = head.getsockname()
-    with (
-        listen("127.0.0.1") as raylet,
-        Lifelines(f"{host}:{port}", raylet="{}:{}".format(*raylet.getsockname())) as watch,
-    ):
+    with Lifelines(f"{host}:{port}", raylet="{}:{}".format(*raylet.getsockname())) as watch:
         reason = watch.or_cut(lambda: None)
-        time.sleep(1.5)
-        assert reason() is None
+        time.sleep(4.5)
+        assert reason() is None, "it is there, and for longer than it would be missed"
         raylet.close()
         wait_until(lambda: reason() is not None, "the raylet is not missed")
         assert "raylet" in str(reason())

@@ -144,26 +144,23 @@ def test_shares_stay(what: str, measured: list[tuple[float, ...]]) -> None:
     assert resplit([linear(1.0), linear(1.0)], (30, 30), measured) is None
 
 
+@pytest.mark.parametrize("measured", [[(0.0, 30.0)] * 16, [(30.0, 60.0)] * 7])
+def test_what_was_not_timed_or_too_little_changes_nothing(measured: list[tuple[float, ...]]) -> None:
+    assert resplit([linear(1.0), linear(1.0)], (30, 30), measured) is None
+
+
 def test_a_small_difference_shows_where_steps_are_steady() -> None:
-    decision = resplit([linear(1.0), linear(1.0)], (50, 50), steps(noisy(50.0, 1, spread=0), noisy(54.0, 2, spread=0)))
+    measured = steps(noisy(50.0, 1, spread=0.01), noisy(54.0, 2, spread=0.01))
+    decision = resplit([linear(1.0), linear(1.0)], (50, 50), measured, min_gain=0.01)
     assert decision is not None
     assert decision.shares == (52, 48)
-    assert resplit([linear(1.0), linear(1.0)], (50, 50), [(50.0, 54.0)] * 16, min_gain=0.05) is None
-
-
-@pytest.mark.parametrize("num_steps", [16, 64])
-def test_noise_alone_hardly_ever_changes_shares(num_steps: int) -> None:
-    changes = 0
-    for seed in range(500):
-        measured = steps(*(noisy(50.0, 2 * seed + replica, num_steps, spread=0.4) for replica in (0, 1)))
-        changes += resplit([linear(1.0), linear(1.0)], (50, 50), measured) is not None
-    assert changes <= 5
+    assert resplit([linear(1.0), linear(1.0)], (50, 50), measured) is None
 
 
 def test_a_moderate_difference_shows_through_noise_in_many_steps() -> None:
     def found(num_steps: int, seed: int) -> bool:
         measured = steps(noisy(50.0, 2 * seed, num_steps, spread=0.2), noisy(60.0, 2 * seed + 1, num_steps, spread=0.2))
-        return resplit([linear(1.0), linear(1.0)], (50, 50), measured) is not None
+        return resplit([linear(1.0), linear(1.0)], (50, 50), measured, min_gain=0.0125) is not None
 
     few, many = (sum(found(num_steps, seed) for seed in range(100)) for num_steps in (16, 256))
     assert few < 50
