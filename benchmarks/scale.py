@@ -81,6 +81,11 @@ class Simulation:
         self.held_bytes = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         self.rows = itertools.cycle([self._rows(rng) for _ in range(NOISY_STEPS)])
+        tracemalloc.start()
+        for _ in range(STEPS):
+            self.take_times()
+        self.held_bytes += tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
 
     def _rows(self, rng: random.Random) -> list[Row]:
         """A step in which every replica is a little off its curve."""
