@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import os
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,14 @@ def provenance(distributions: Iterable[str]) -> dict[str, Any]:
 
 
 def command_line(command: str, arguments: Sequence[str] | None) -> str:
-    """The whole command; arguments: as given to its `main`, None: those of this process."""
-    return shlex.join([*command.split(), *(sys.argv[1:] if arguments is None else arguments)])
+    """The command with its arguments, but for the folder that it writes to.
+
+    arguments: as given to its `main`; None: those of this process.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    _, others = parser.parse_known_args(arguments)
+    return shlex.join([*command.split(), *others])
 
 
 def _cpu_name() -> str:

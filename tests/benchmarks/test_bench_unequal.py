@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.provenance import command_line
 from benchmarks.unequal.losses import Losses, StepTimes
 
 
@@ -42,3 +43,8 @@ def test_parts_add_up(drawn: list[tuple[int, float, float, float]]) -> None:
 def test_a_record_of_the_run_is_read() -> None:
     ranks = [{"share": 40, "compute_s": 0.5, "rank": 0}, {"share": 24, "compute_s": 0.4, "rank": 1}]
     assert StepTimes.of_record({"step_s": 0.6, "ranks": ranks}) == step(0.6, (40, 24), (0.5, 0.4))
+
+
+def test_a_page_names_the_whole_command_and_no_folder() -> None:
+    given = ["--cases", "a", "b", "--out", "/some/where", "--turn", "4"]
+    assert command_line("python benchmarks/it.py", given) == "python benchmarks/it.py --cases a b --turn 4"
