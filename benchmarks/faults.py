@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.provenance import RESULTS, provenance
+from benchmarks.provenance import RESULTS, command_line, provenance
 from benchmarks.recovery import subjects
 from benchmarks.recovery.fault import FAULTS, Fault
 from benchmarks.recovery.result import Finding, Result, cell
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     console.print(f"{fault.name}, {subject.label}: {cell([finding])}", highlight=False)
     versions = [name for subject in chosen for name in subject.packages if _missing(subject) is None]
     result = Result(
-        about=provenance({"revdist", "torch", *versions}) | {"command": _command(options), "method": METHOD},
+        about=provenance({"revdist", "torch", *versions}) | {"command": _command(arguments), "method": METHOD},
         subjects=tuple(subject.label for subject in chosen),
         faults=tuple(fault.name for fault in faults),
         findings=tuple(findings),
@@ -163,11 +163,11 @@ def _outputs(folder: Path) -> str:
     return "\n".join(path.read_text(encoding="utf-8")[-2000:] for path in sorted(folder.glob("output-*.log")))
 
 
-def _command(options: argparse.Namespace) -> str:
+def _command(arguments: Sequence[str] | None) -> str:
     """What was run: all of it, or a part."""
-    chosen = {"--only": options.only, "--faults": options.faults}
-    given = [f"{flag} {' '.join(values)}" for flag, values in chosen.items() if values]
-    return " ".join(["python benchmarks/faults.py", *given]) if given else COMMAND
+    by_itself = "python benchmarks/faults.py"
+    given = command_line(by_itself, arguments)
+    return COMMAND if given == by_itself else given
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from benchmarks.page import page
 from benchmarks.provenance import RESULTS, ROOT, command_line, provenance
+from benchmarks.quartiles import quartiles
 from benchmarks.table import Table
 from revdist.training.run_directory import RunReader
 
@@ -167,10 +168,7 @@ def _ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
 
 
 def _ratio(times: Sequence[float], base: Sequence[float]) -> str:
-    ratios = _ratios(times, base)
-    if len(ratios) < 2:
-        return f"{ratios[0]:.2f}"
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, middle, high = quartiles(_ratios(times, base))
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import page
+from benchmarks.quartiles import quartiles
 from benchmarks.table import Table
 from benchmarks.unequal.cases import Case
 from benchmarks.unequal.job import Turn
@@ -69,7 +70,7 @@ class Finding:
 
     def calm(self, value: Callable[[Round], float]) -> float:
         """The upper quartile over rounds of a throughput: what is reached while nobody else slows the machine down."""
-        return self._quartiles(value)[2]
+        return quartiles([value(each) for each in self.rounds])[2]
 
     def calm_of_sum(self, way: str) -> float:
         return self.calm(lambda each: each.speed(way)) / self._calm_sum(lambda each: each.alone)
@@ -85,13 +86,9 @@ class Finding:
     def _calm_sum(self, pair: Callable[[Round], tuple[Turn, Turn]]) -> float:
         return sum(self.calm(lambda each, rank=rank: pair(each)[rank].samples_per_s) for rank in (0, 1))  # type: ignore[misc]
 
-    def _quartiles(self, value: Callable[[Round], float]) -> list[float]:
-        values = sorted(value(each) for each in self.rounds)
-        return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-
     def spread(self, value: Callable[[Round], float]) -> tuple[float, float]:
         """First and last quartile over rounds."""
-        first, _, last = self._quartiles(value)
+        first, _, last = quartiles([value(each) for each in self.rounds])
         return first, last
 
 

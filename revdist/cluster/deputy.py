@@ -22,6 +22,7 @@ from revdist.cluster.actor import surround
 from revdist.cluster.address import takes_connections
 from revdist.cluster.claim import is_orphaned, is_superseded
 from revdist.cluster.fleet import Known
+from revdist.cluster.local import Addresses, addresses
 from revdist.cluster.run_record import RUN_ID
 from revdist.config import RunConfig
 
@@ -113,20 +114,18 @@ class Deputy:
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._vigil = Vigil(run_dir, heartbeat_s=config.faults.heartbeat_s, patience_s=patience_s)
-        self._addresses: dict[str, str] = {}
+        self._addresses: Addresses | None = None
         self._met: list[Any] = []
 
     def prepare(self) -> str | None:
         """Load what it takes to supervise; returns this host's name, None where it does not see the run directory."""
         import ray
 
-        from revdist.cluster.local import addresses
-
         if not (self._run_dir / "config.yaml").exists() or is_superseded(self._run_dir, os.environ[RUN_ID]):
             return None
         _load()
         self._vigil.hear()
-        if not self._addresses:  # else another supervisor has come, and found it
+        if self._addresses is None:  # else another supervisor has come, and found it
             self._addresses = addresses()
             own = ray.get_runtime_context().current_actor
             threading.Thread(target=self._watch, args=(own,), name="revdist-deputy", daemon=True).start()
@@ -148,6 +147,7 @@ class Deputy:
 
         charge = self._vigil.charge
         assert charge is not None
+        assert self._addresses is not None
         trainer = Trainer(self._config, run_dir=self._run_dir, resume=True, log_dir=self._log_dir)
         try:
             trainer.take_over(Heritage(known=charge.known, lost=lost, addresses=self._addresses))

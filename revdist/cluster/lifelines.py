@@ -11,13 +11,12 @@ quarter of a minute later; where that is the end of all of them, the run saves a
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self, final
+from typing import final
 
 from revdist.cluster.address import parse_address, takes_connections
+from revdist.cluster.companion import Companion
 from revdist.errors import ConfigError
 
 _LOOK_S = 0.5
@@ -54,7 +53,7 @@ class _Lifeline:
 
 
 @final
-class Lifelines:
+class Lifelines(Companion):
     """Looks after the head of a cluster, and this host's raylet where replicas end with it, while it is entered."""
 
     def __init__(self, head: str, *, head_s: float | None = None, raylet: str | None = None) -> None:
@@ -74,17 +73,7 @@ class Lifelines:
         self._all = [self._head]
         if raylet is not None:
             self._all.append(_Lifeline("this host's raylet", raylet, _RAYLET_S, was_reached=False))
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="revdist-lifelines", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ended.set()
+        super().__init__("revdist-lifelines")
 
     @property
     def head_is_gone(self) -> bool:
@@ -99,7 +88,7 @@ class Lifelines:
 
         return reason
 
-    def _look(self) -> None:
+    def _run(self) -> None:
         looked_s = time.monotonic()
         while not self._ended.is_set():
             now_s = time.monotonic()

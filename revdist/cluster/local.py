@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import secrets
@@ -42,34 +43,31 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[bool]:
                 remove_session(session)
 
 
-def addresses() -> dict[str, str]:
-    """Of the cluster that this process is connected to: `ray_address`, `HOST:PORT`, and `metrics_url`.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """Where the cluster that this process is connected to can be reached."""
 
-    The latter is where Ray offers the metrics of this host to Prometheus; empty where it does not.
-    """
+    head: str
+    """`HOST:PORT`."""
+    raylet: str
+    """`HOST:PORT` of this host's part of it."""
+    metrics_url: str
+    """Where Ray offers the metrics of this host to Prometheus; empty where it does not."""
+
+
+def addresses() -> Addresses:
+    """Of the connected cluster."""
     import ray
 
-    own = _own_node()
-    port = own.get("MetricsExportPort")
-    return {
-        "ray_address": str(ray.get_runtime_context().gcs_address),
-        "metrics_url": f"http://{own['NodeManagerAddress']}:{port}/metrics" if port else "",
-    }
-
-
-def raylet_address() -> str:
-    """`HOST:PORT` at which this host's part of the connected cluster listens."""
-    own = _own_node()
-    return f"{own['NodeManagerAddress']}:{own['NodeManagerPort']}"
-
-
-def _own_node() -> dict[str, Any]:
-    """This host as Ray knows it."""
-    import ray
-
+    context = ray.get_runtime_context()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    own = ray.get_runtime_context().get_node_id()
-    return next(node for node in nodes if node["NodeID"] == own)
+    own = next(node for node in nodes if node["NodeID"] == context.get_node_id())
+    host, port = own["NodeManagerAddress"], own.get("MetricsExportPort")
+    return Addresses(
+        head=str(context.gcs_address),
+        raylet=f"{host}:{own['NodeManagerPort']}",
+        metrics_url=f"http://{host}:{port}/metrics" if port else "",
+    )
 
 
 def session_folder() -> str:

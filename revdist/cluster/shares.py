@@ -42,9 +42,8 @@ class ShareKeeper:
         self._known: dict[StepTimeCurve, StepTimeCurve] = {}
         self._steps_s: deque[list[float]] = deque(maxlen=_MOST_STEPS)
         """Of the window under way: every member's time, step by step."""
-        self._num_steps = 0
         self._window_s = 0.0
-        """Of these."""
+        """Of the window under way."""
         self._windows: deque[npt.NDArray[np.float64]] = deque(maxlen=max(_LOOKS_BACK))
         """The last ones under the same plans, (steps, members)."""
         self._num_windows = 0
@@ -67,8 +66,8 @@ class ShareKeeper:
             return self._publish(self._equal() if self._may_change else self._best(), reason="start")
         if not self._may_change or not self._all_solved or not self._all_measured:
             return None
-        best, now = self._best(), self.shares.by_rank
-        gain = 1 - slowest_s(self._corrected(self._curves), best) / slowest_s(self._corrected(self._curves), now)
+        best, now, curves = self._best(), self.shares.by_rank, self._corrected(self._curves)
+        gain = 1 - slowest_s(curves, best) / slowest_s(curves, now)
         if best == now or gain < self._config.replan.min_change:
             return None
         return self._publish(best, reason="share")
@@ -94,10 +93,9 @@ class ShareKeeper:
         ):
             return None
         self._steps_s.append([row.compute_s for row in rows])
-        self._num_steps += 1
         self._window_s += max(self._steps_s[-1])
         # Sixteen steps of milliseconds do not tell a slow device from a busy moment.
-        if self._num_steps < _WINDOW or self._window_s < self._config.replan.settle_s:
+        if len(self._steps_s) < _WINDOW or self._window_s < self._config.replan.settle_s:
             return None
         self._windows.append(np.array(self._steps_s))
         self._num_windows += 1
@@ -171,7 +169,7 @@ class ShareKeeper:
 
     def _begin_window(self) -> None:
         self._steps_s.clear()
-        self._num_steps, self._window_s = 0, 0.0
+        self._window_s = 0.0
 
     def _keep(self, member: int, report: CurveReport) -> None:
         """Take a member's curves. Equal ones are kept as one object, which the split counts as one."""

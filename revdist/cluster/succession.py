@@ -6,18 +6,17 @@ import contextlib
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, final
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from revdist.cluster.claim import RunClaim
+from revdist.cluster.companion import Companion
 from revdist.cluster.deputy import Charge, Deputy
 from revdist.cluster.fleet import NAMESPACE, Known, module_paths, orphan_s, settings
 from revdist.cluster.takeover import deputy_name
@@ -38,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 @final
-class Succession:
+class Succession(Companion):
     """Keeps a deputy for one run, while it is entered, from a thread of its own: Ray's head may keep it waiting."""
 
     def __init__(
@@ -56,19 +55,7 @@ class Succession:
         self._unfit: set[str] = set()
         """Nodes that do not see the run directory."""
         self._next_look_s = 0.0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="revdist-succession", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """The run has ended, and nobody need take it over."""
-        self._ended.set()
-        self._thread.join(timeout=_END_S)
+        super().__init__("revdist-succession", end_s=_END_S)
 
     def _run(self) -> None:
         while not self._ended.wait(self._config.faults.heartbeat_s / _CALLS):

@@ -19,6 +19,7 @@ from revdist.cluster.actor import Standing
 from revdist.cluster.crew import Crew
 from revdist.cluster.fleet import NAMESPACE, Fleet, Known
 from revdist.cluster.groups import Groups, new_prefix
+from revdist.cluster.local import Addresses
 
 _ANSWER_S = 10.0
 """Longest wait for the first replica that answers."""
@@ -31,8 +32,8 @@ class Heritage:
     known: Mapping[int, Known]
     lost: frozenset[int]
     """Those of them that were on a host that is lost."""
-    addresses: Mapping[str, str]
-    """As `revdist.cluster.local.addresses` tells them on the deputy's host."""
+    addresses: Addresses
+    """As they are on the deputy's host."""
 
 
 def find(run_id: str, *, threads: int, heartbeat_s: float, heritage: Heritage | None = None) -> Crew | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from revdist.cluster.claim import RunClaim, is_orphaned, refuse_living
 from revdist.cluster.lifelines import Lifelines
-from revdist.cluster.local import addresses, ray_cluster, raylet_address, session_folder
+from revdist.cluster.local import addresses, ray_cluster, session_folder
 from revdist.cluster.observer import Observer, Observers
 from revdist.cluster.run_record import RAY_SESSION
 from revdist.cluster.signals import StopRequest, stop_on_signals, stopped_at_start
@@ -114,12 +114,14 @@ class Trainer:
         ):
             found = addresses() if heritage is None else heritage.addresses
             session = session_folder() if own_ray else os.environ.get(RAY_SESSION, "")
-            claim.update(own_ray=bool(session), ray_session=session, **found)
+            claim.update(
+                own_ray=bool(session), ray_session=session, ray_address=found.head, metrics_url=found.metrics_url
+            )
             try:
                 # The replicas of a detached run in a given cluster outlive this host's part of Ray, on other hosts.
-                raylet = None if claim.record.detached and not session else raylet_address()
+                raylet = None if claim.record.detached and not session else found.raylet
                 head_s = self.config.faults.head_s
-                with Lifelines(found["ray_address"], head_s=head_s, raylet=raylet) as lifelines:
+                with Lifelines(found.head, head_s=head_s, raylet=raylet) as lifelines:
                     return self._fit(claim, stop, lifelines, heritage)
             except Preempted as error:
                 if error.facts.get("signal") == "SIGINT":

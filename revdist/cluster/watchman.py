@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         return _watch(command, Path(run_dir))
     with ray_cluster(None, num_workers=int(cores)):
         os.environ[RAY_SESSION] = session_folder()
-        return _watch([*command, f"--address={addresses()['ray_address']}"], Path(run_dir))
+        return _watch([*command, f"--address={addresses().head}"], Path(run_dir))
 
 
 def _watch(command: list[str], run_dir: Path) -> int:

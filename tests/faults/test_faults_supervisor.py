@@ -114,7 +114,7 @@ def test_a_killed_driver_is_started_anew_and_misses_nothing(
 def test_resume_finds_replicas_that_nobody_supervises(
     detached: Callable[..., Path], unharmed: Callable[[int], dict[str, Any]], tmp_path: Path
 ) -> None:
-    address = f"--address={addresses()['ray_address']}"
+    address = f"--address={addresses().head}"
     run_dir = detached(address)
     replicas = [holder("cpu-0"), holder("cpu-1")]
     for pid in pids(run_dir):
@@ -130,7 +130,7 @@ def test_resume_finds_replicas_that_nobody_supervises(
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("running_ray")
 def test_replicas_that_nobody_comes_back_to_save_and_leave(detached: Callable[..., Path]) -> None:
-    run_dir = detached(f"--address={addresses()['ray_address']}", REVDIST_ORPHAN_S="12")
+    run_dir = detached(f"--address={addresses().head}", REVDIST_ORPHAN_S="12")
     replicas = [holder("cpu-0"), holder("cpu-1")]
     for pid in pids(run_dir):
         os.kill(pid, signal.SIGKILL)
