@@ -25,28 +25,30 @@ from benchmarks.unequal.cases import CASES, GLOBAL_BATCH, Case
 from benchmarks.unequal.figure import draw
 from benchmarks.unequal.job import Job
 from benchmarks.unequal.result import Finding, Result, Round
-from benchmarks.unequal.ways import Bench, RevdistJob, neighbour
+from benchmarks.unequal.ways import Bench, neighbour
 from revdist.planning.split import equal_split
 
 J = TypeVar("J", bound=Job)
 COMMAND = "python benchmarks/heterogeneous.py"
-WARM_STEPS = 120
-"""Of revdist, by which shares and schedules are found."""
+WARM_STEPS = 280
+"""Of revdist on both devices: it looks at its shares after 16, 64 and 256 steps."""
+_WARM_STEPS_ALONE = 40
+"""Of revdist on one device, which has no shares to find."""
 _WARM_STEPS_BY_HAND = 10
 METHOD = (
     "A RevNet for digits on two CPU devices, each replica on a core of its own with one thread, {batch} samples a "
-    "step. All ways of a case are started; revdist takes {warm} steps, those by hand {by_hand}; from then on they "
-    "have the machine in turns, the others stopped with all their processes, so that what is compared ran within "
-    "seconds. A turn's throughput is that of the steps that began and ended in it; ratios are taken within a round, "
-    "tables show medians over rounds, and means where memory changes. The host of a virtual machine slows each core "
-    "down by up to a half, from one step to the next, and two devices together wait for the slower one: hence also "
-    "ratios of the upper quartiles over rounds. Plain DDP is written by hand: autograd as usual, equal shares, one "
-    "micro-batch size that fits both devices at their worst. Proportional: the same with shares by what each device "
-    "does alone, and for each rank the largest micro-batch that fits. Alone: revdist on one device with half the "
-    "batch, the other idle. Apart: two hand-written trainings at once that exchange nothing, over the sum of each "
-    "with the machine to itself: what the cores lose by sharing caches and memory, whoever trains on them. Where "
-    "revdist's time goes is told by its own metrics of the same turns: waiting that is due to the shares, and waiting "
-    "because a core is faster in one step than in the next, which no fixed shares avoid."
+    "step. All ways of a case are started; revdist takes {warm} steps, {alone} on one device, those by hand "
+    "{by_hand}; from then on they have the machine in turns, the others stopped with all their processes, so that "
+    "what is compared ran within seconds. A turn's throughput is that of the steps that began and ended in it; ratios"
+    " are taken within a round, tables show medians over rounds, and means where memory changes. The host of a "
+    "virtual machine slows each core down by up to a half, from one step to the next, and two devices together wait "
+    "for the slower one: hence also ratios of the upper quartiles over rounds. Plain DDP is written by hand: autograd"
+    " as usual, equal shares, one micro-batch size that fits both devices at their worst. Proportional: the same with"
+    " shares by what each device does alone, and for each rank the largest micro-batch that fits. Alone: revdist on "
+    "one device with half the batch, the other idle. Apart: two hand-written trainings at once that exchange nothing,"
+    " over the sum of each with the machine to itself: what the cores lose by sharing caches and memory, whoever "
+    "trains on them. Where revdist's time goes is told by its own metrics of the same turns: waiting that is due to "
+    "the shares, and waiting because a core is faster in one step than in the next, which no fixed shares avoid."
 )
 
 
@@ -65,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usual = options.batch == GLOBAL_BATCH
     about = provenance(["ray", "revdist", "torch"]) | {
         "command": command_line(COMMAND, arguments),
-        "method": METHOD.format(batch=options.batch, warm=WARM_STEPS, by_hand=_WARM_STEPS_BY_HAND),
+        "method": METHOD.format(
+            batch=options.batch, warm=WARM_STEPS, alone=_WARM_STEPS_ALONE, by_hand=_WARM_STEPS_BY_HAND
+        ),
     }
     result = Result(about=about | {"turn_s": turn_s}, findings=tuple(found))
     for table in result.tables():
@@ -80,12 +84,12 @@ def _measure(bench: Bench, case: Case, rounds: int, turn_s: float, say: Callable
     with ExitStack() as jobs:
         jobs.enter_context(neighbour(case))
 
-        def start(job: J) -> J:
-            jobs.enter_context(job).warm_up(WARM_STEPS if isinstance(job, RevdistJob) else _WARM_STEPS_BY_HAND)
+        def start(job: J, steps: int = _WARM_STEPS_BY_HAND) -> J:
+            jobs.enter_context(job).warm_up(steps)
             return job
 
         say(f"{case.title}: starting")
-        alone = [start(bench.alone(case, rank)) for rank in (0, 1)]
+        alone = [start(bench.alone(case, rank), _WARM_STEPS_ALONE) for rank in (0, 1)]
         speeds = [statistics.median(job.turn(turn_s).samples_per_s for _ in range(3)) for job in alone]
         share = min(max(round(speeds[0] / sum(speeds) * bench.global_batch), 1), bench.global_batch - 1)
         shares = (share, bench.global_batch - share)
@@ -93,7 +97,7 @@ def _measure(bench: Bench, case: Case, rounds: int, turn_s: float, say: Callable
         apart = start(bench.apart(case))
         plain = start(bench.plain(case, equal_split(bench.global_batch, 2), same_micro_batch=True))
         proportional = start(bench.plain(case, shares, same_micro_batch=False))
-        revdist = start(bench.revdist(case))
+        revdist = start(bench.revdist(case), WARM_STEPS)
         with_memory = [alone[1], revdist]
         found = []
         for number in range(rounds):

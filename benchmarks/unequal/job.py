@@ -19,6 +19,7 @@ from benchmarks.recovery.watching import MARK, end, processes
 
 _LOOK_S = 0.05
 _PATIENCE_S = 180.0
+"""For the next step of a training that warms up: the first one waits for imports and a profile."""
 _LEAST_STEPS = 3
 """Steps in a turn below which it tells nothing."""
 
@@ -91,10 +92,12 @@ class Job:
     def warm_up(self, steps: int) -> None:
         """Let it run alone until it has completed so many steps, then stop it.
 
-        Raises SystemExit with what it printed where it ends or does not get so far.
+        Raises SystemExit with what it printed where it ends or stands still.
         """
-        until_s = time.monotonic() + _PATIENCE_S
-        while min(len(feed.times()) for feed in self.feeds) < steps:
+        taken, until_s = 0, time.monotonic() + _PATIENCE_S
+        while (now := min(len(feed.times()) for feed in self.feeds)) < steps:
+            if now > taken:
+                taken, until_s = now, time.monotonic() + _PATIENCE_S
             if any(process.poll() is not None for process in self._started) or time.monotonic() > until_s:
                 raise SystemExit(f"not {steps} steps: {self._started[0].args}\n{self._output()}")
             self._every_look()
