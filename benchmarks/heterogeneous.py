@@ -64,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             finding = _measure(Bench(Path(folder), options.batch), case, rounds, turn_s, status.update)
             console.print(f"{case.title}: {finding.typical(lambda each: each.of_sum('revdist')):.2f} of the sum alone")
             found.append(finding)
-    usual = options.batch == GLOBAL_BATCH
     about = provenance(["ray", "revdist", "torch"]) | {
         "command": command_line(COMMAND, arguments),
         "method": METHOD.format(
@@ -74,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = Result(about=about | {"turn_s": turn_s}, findings=tuple(found))
     for table in result.tables():
         console.print(table.for_terminal())
-    name = f"heterogeneous-{'' if usual else f'{options.batch}-'}{about['date'][:10]}"
+    what = [] if options.batch == GLOBAL_BATCH else [str(options.batch)]
+    name = "-".join(["heterogeneous", *what, *(options.cases or []), about["date"][:10]])
     paths = result.write(options.out, name, figure=f"{name}.png")
     draw(result, options.out / f"{name}.png")
     console.print("written: " + ", ".join(str(path) for path in [*paths, options.out / f"{name}.png"]))

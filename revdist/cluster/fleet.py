@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any, final
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -293,9 +293,9 @@ class Fleet:
             ray.kill(actor, no_restart=True)
         self._waiting.clear()
         self._known.clear()
-        for actor in actors:
-            with contextlib.suppress(RayActorError, GetTimeoutError):
-                ray.get(actor.answer.remote(), timeout=_DEATH_S)
+        calls = [actor.answer.remote() for actor in actors]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=_DEATH_S)  # each fails once its actor is gone
 
     @staticmethod
     def get(call: Any) -> Any:

@@ -52,5 +52,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 def stopped_at_start(reason: str, *, resumable: bool) -> Preempted:
     """The error of a run that is told to stop before the first step. resumable: there is a checkpoint to go on from."""
-    what = "go on from the last checkpoint with --resume" if resumable else "nothing was written"
+    what = "go on from the last checkpoint with --resume" if resumable else "no checkpoint was written"
     return Preempted(f"stopped by {reason} before the first step: {what}", signal=reason)

@@ -135,6 +135,27 @@ def test_a_deputy_that_leads_and_is_killed_is_followed_by_the_next(network: Netw
     assert_nothing_was_lost(run, unharmed(network, tmp_path / "alone"))
 
 
+def test_where_the_supervisors_host_loses_its_part_of_ray_the_others_go_on(network: Network, tmp_path: Path) -> None:
+    """Ray ends the replica there; the driver has the run go on, and ends it, without."""
+    run = detached(network, tmp_path / "it")
+    head, lost, other = network.hosts
+    before = replicas(head) + replicas(other)
+    (raylet,) = [process for process in lost.processes() if process.name() == "raylet"]
+    raylet.kill()
+    run.wait_for("regrouping", lambda: bool(run.events("regroup")))
+    regrouped = run.done[-1]["step"]
+    run.wait_for_step(regrouped + 200)  # longer than Ray takes to count a host as lost
+    assert sorted(replicas(head) + replicas(other)) == sorted(before), "a replica was lost"
+    hurry(run.folder)
+    run.wait_for("end", lambda: record(run).ended_s is not None)
+    assert record(run).exit_code == 0
+    assert record(run).host == lost.name
+    run.wait_for("emptiness", lambda: not replicas(head) + replicas(other) + deputies(head, other))
+    assert len(run.done[-1]["ranks"]) == 2
+    assert not run.events("resumed")
+    assert_nothing_was_lost(run, unharmed(network, tmp_path / "alone"))
+
+
 def test_a_run_that_a_deputy_took_over_is_stopped_where_it_is_now(network: Network, tmp_path: Path) -> None:
     run = detached(network, tmp_path / "it")
     head, lost, other = network.hosts

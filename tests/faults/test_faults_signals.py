@@ -64,7 +64,7 @@ def test_a_signal_ends_a_start_that_a_frozen_replica_holds_up(tmp_path: Path) ->
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=60)[0].decode()
         assert process.returncode == 143, output
-        assert "stopped by SIGTERM before the first step: nothing was written" in output
+        assert "stopped by SIGTERM before the first step: no checkpoint was written" in output
         wait_until(lambda: all(is_dead(child.pid) for child in below), f"not all of {below} ended", 10)
     finally:
         for one in [driver, *below, *frozen]:
