@@ -55,6 +55,7 @@ class Mender:
         self._new: dict[int, Failure] = {}
         self._lost: set[int] = set()
         self._joining: list[int] = []
+        """Newcomers that are ready, and wait for the group before theirs."""
         self._failed_joins: Counter[int] = Counter()
         """By newcomer."""
         self._broken_s: float | None = None
@@ -93,7 +94,8 @@ class Mender:
 
     def take_failure(self, member: int, failure: Failure, *, ended: Collection[int]) -> None:
         """A member, or a newcomer, is lost. ended: members that have come to their end, whose loss is none."""
-        if self._recruiter.is_newcomer(member):
+        if self._recruiter.is_newcomer(member) or member in self._joining:
+            self._joining = [other for other in self._joining if other != member]
             self._recruiter.fail(member, what_failed(failure))
         elif member in self._groups.members and member not in ended and member not in self._lost:
             self._new.setdefault(member, dataclasses.replace(failure, rank=self._groups.rank_of(member)))

@@ -22,6 +22,12 @@ class Host:
     bundle: int = -1
     """Of a placement group, whose part of the host this is; -1: the host as a whole."""
 
+    def without(self, place: Place, *, threads: int) -> Host:
+        """The host with what is left once a replica is placed; itself where that is elsewhere."""
+        if (place.node_id, place.bundle) != (self.node_id, self.bundle):
+            return self
+        return dataclasses.replace(self, cpus=self.cpus - threads, gpus=self.gpus - (place.spec.kind == "cuda"))
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:

@@ -1,7 +1,8 @@
 """Bringing devices into a run under way: those that were lost and are back, and those that join the cluster.
 
 A newcomer starts, builds the model and measures its device beside the run, which does not wait. Once it
-has reported its step-time curve it is ready, and joins at a step boundary.
+has reported its step-time curve it is ready, and joins at a step boundary. Where several devices are free,
+as after a host is back, their newcomers prepare beside each other.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _Newcomer:
 
 @final
 class Recruiter:
-    """Finds and prepares newcomers, one at a time."""
+    """Finds and prepares newcomers."""
 
     def __init__(
         self,
@@ -113,7 +114,8 @@ class Recruiter:
         self._lost.append(place)
         self._fleet.forget(member)
         pause_s = _BACKOFF_S[min(self._failed, len(_BACKOFF_S) - 1)]
-        self._failed += 1
+        if not self._newcomers:  # one try, of however many
+            self._failed += 1
         self._next_look_s = time.monotonic() + pause_s
         self._tell(f"{place.spec.name or 'a device'} on {place.address} did not join: {why}")
 
@@ -150,19 +152,23 @@ class Recruiter:
             self._recruit(looked.result())
 
     def _recruit(self, hosts: Sequence[Host]) -> None:
-        lost = self._lost if self._restarts < self._config.workers.max_restarts else []
+        """Start a newcomer on every device that is free."""
         now_s = time.monotonic()
-        answering = [one for one in hosts if self._shunned_until_s.get(one.node_id, now_s) <= now_s]
-        place = place_another(self._config, answering, tuple(self._places.values()), lost, rank=-1)
-        if place is None:
-            return
-        before = next((one for one in lost if one.spec == place.spec), None)
-        if before is not None:
-            self._lost.remove(before)
-            self._restarts += 1
-        member = self._fleet.add(place)
-        self._places[member] = place
-        self._newcomers[member] = _Newcomer(place, self._fleet.find(member, place.address), now_s, before is not None)
+        room = [one for one in hosts if self._shunned_until_s.get(one.node_id, now_s) <= now_s]
+        while len(self._places) < self.most_members:
+            lost = self._lost if self._restarts < self._config.workers.max_restarts else []
+            place = place_another(self._config, room, tuple(self._places.values()), lost, rank=-1)
+            if place is None:
+                return
+            room = [host.without(place, threads=self._config.threads_per_worker) for host in room]
+            before = next((one for one in lost if one.spec == place.spec), None)
+            if before is not None:
+                self._lost.remove(before)
+                self._restarts += 1
+            member = self._fleet.add(place)
+            self._places[member] = place
+            found = self._fleet.find(member, place.address)
+            self._newcomers[member] = _Newcomer(place, found, now_s, replaces=before is not None)
 
     @property
     def _may_look(self) -> bool:

@@ -64,6 +64,23 @@ def test_a_lost_rank_is_replaced_at_a_step_boundary(unharmed: Unharmed, tmp_path
     assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_ranks_lost_together_come_back_together(unharmed: Unharmed, tmp_path: Path) -> None:
+    """Both newcomers are built before the first of them joins."""
+    steps = 1500
+    harm = Harm(20, signals("cpu-1", "cpu-2"))
+    model = {"factory": "small_models:classifier_that_tells_when_it_is_built", "kwargs": {"folder": str(tmp_path)}}
+    result = run(tmp_path / "run", harm, epochs=None, steps=steps, data=SLOW, model=model)
+    assert sorted(harm.groups[-1]) == ["cpu-0", "cpu-1", "cpu-2"]
+    joined = harm.kinds("joined")
+    assert len(joined) == 2
+    *_, last = sorted(float(path.read_text()) for path in tmp_path.glob("*.built"))
+    assert len(list(tmp_path.glob("*.built"))) == 5
+    assert last < min(event["time"] for event in joined)
+    assert_nothing_was_lost(harm, result, unharmed(steps), steps=steps)
+
+
 def trouble_at_a_join(trouble: str, folder: Path) -> dict[str, Any]:
     """A run in which joining goes wrong. trouble, folder: as `small_models.classifier_with_trouble_at_a_join`."""
     kwargs = {"trouble": trouble, "folder": str(folder)}

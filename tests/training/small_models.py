@@ -205,6 +205,14 @@ def classifier_whose_maker_dies(rank: int, times: int, folder: str, by: str = "S
     return classifier()
 
 
+def classifier_that_tells_when_it_is_built(folder: str) -> nn.Module:
+    """The classifier. Each process writes when it built its first, in seconds since 1970, to a file in `folder`."""
+    path = Path(folder) / f"{os.getpid()}.built"
+    if not path.exists():
+        path.write_text(str(time.time()))
+    return classifier()
+
+
 def poisoned_images(samples: Sequence[int], **kwargs: int) -> tuple[Images, Images]:
     """The images, of which those training samples make the loss NaN."""
     train, test = images(**kwargs)

@@ -1,0 +1,109 @@
+"""Newcomers are found on what hosts have free, as many at a time as there is room for."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any, cast
+
+import pytest
+from runs import settings
+
+from revdist.cluster import recruiting
+from revdist.cluster.fleet import Fleet
+from revdist.cluster.placement import Host, Place
+from revdist.cluster.recruiting import Recruiter
+from revdist.config import DeviceSpec, RunConfig
+
+
+class EmptyFleet:
+    """Finds these hosts, starts nothing, and remembers where it was told to."""
+
+    def __init__(self, *hosts: Host) -> None:
+        self.hosts = list(hosts)
+        self.added: list[Place] = []
+        self.forgotten: list[int] = []
+
+    def look_for_hosts(self) -> Future[list[Host]]:
+        looked: Future[list[Host]] = Future()
+        looked.set_result(self.hosts)
+        return looked
+
+    def add(self, place: Place) -> int:
+        self.added.append(place)
+        return 100 + len(self.added)
+
+    def find(self, member: int, address: str) -> int:
+        return member
+
+    def has_come(self, call: Any) -> bool:
+        return False
+
+    def forget(self, member: int) -> None:
+        self.forgotten.append(member)
+
+
+def host(name: str, *, cpus: float, gpus: float = 0.0) -> Host:
+    return Host(node_id=name, address=name, cpus=cpus, gpus=gpus)
+
+
+def place(node: str, spec: DeviceSpec) -> Place:
+    return Place(rank=0, node_id=node, address=node, spec=spec)
+
+
+def recruiter(fleet: EmptyFleet, first: Place, **changes: Any) -> Recruiter:
+    config = RunConfig.from_mapping(settings(devices="auto", global_batch=64, **changes))
+    told: list[str] = []
+    return Recruiter(config, cast(Fleet, fleet), {0: first}, assign=cast(Any, None), tell=told.append)
+
+
+CUDA = DeviceSpec(kind="cuda")
+CPU = DeviceSpec(kind="cpu", name="cpu-0")
+
+
+def test_all_gpus_of_a_host_that_came_back_are_started_at_once() -> None:
+    fleet = EmptyFleet(host("a", cpus=4, gpus=0), host("b", cpus=8, gpus=3), host("c", cpus=2, gpus=4))
+    recruiter(fleet, place("a", CUDA)).advance()
+    assert [one.node_id for one in fleet.added] == ["b", "b", "b", "c", "c"]  # c has cores for two
+
+
+def test_no_more_are_started_than_the_run_may_have() -> None:
+    fleet = EmptyFleet(host("b", cpus=8, gpus=8))
+    recruiter(fleet, place("a", CUDA), workers={"max": 4}).advance()
+    assert len(fleet.added) == 3
+
+
+def test_of_cpu_devices_each_host_gives_one() -> None:
+    fleet = EmptyFleet(host("a", cpus=8), host("b", cpus=8), host("c", cpus=8))
+    recruiter(fleet, place("a", CPU)).advance()
+    assert [one.node_id for one in fleet.added] == ["b", "c"]
+
+
+def test_lost_devices_are_started_as_often_as_restarts_are_left() -> None:
+    fleet = EmptyFleet(host("a", cpus=8))
+    config = RunConfig.from_mapping(settings(capacities=("64MiB",) * 4, workers={"max_restarts": 2}))
+    places = {rank: place("a", spec) for rank, spec in enumerate(cast(Any, config.devices))}
+    found = Recruiter(config, cast(Fleet, fleet), places, assign=cast(Any, None), tell=print)
+    replaced = [found.lose(rank) for rank in (1, 2, 3)]
+    found._next_look_s = 0.0  # without the pause after a loss
+    found.advance()
+    assert replaced == [True, True, True]
+    assert len(fleet.added) == 2
+    assert found.restarts == 0  # none is there yet
+    assert not found.lose(0)
+
+
+def test_newcomers_that_fail_together_are_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(recruiting.time, "monotonic", lambda: now_s)
+    fleet = EmptyFleet(host("b", cpus=8, gpus=3))
+    found = recruiter(fleet, place("a", CUDA))
+    found.advance()
+    for member in (101, 102, 103):
+        found.fail(member, "its host is gone")
+    assert fleet.forgotten == [101, 102, 103]
+    now_s += 1.9
+    found.advance()
+    assert len(fleet.added) == 3
+    now_s += 0.2
+    found.advance()
+    assert len(fleet.added) == 6
