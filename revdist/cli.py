@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from revdist import __version__
+from revdist.cluster.way_out import leave
 from revdist.errors import RevdistError, UsageError
 
 if TYPE_CHECKING:
@@ -359,7 +360,10 @@ def report(
 
 
 def main() -> None:
-    app(prog_name="revdist")
+    try:
+        app(prog_name="revdist")
+    except SystemExit as ended:
+        leave(ended)
 
 
 if __name__ == "__main__":

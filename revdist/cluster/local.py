@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import logging
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from revdist.cluster.address import check_reachable, parse_address
+from revdist.cluster.address import check_reachable, parse_address, takes_connections
 from revdist.cluster.admission import check_admission
 from revdist.cluster.lean_ray import lean_head
-from revdist.cluster.session import new_session_root, remove_session
+from revdist.cluster.processes import writing_below
+from revdist.cluster.session import is_own_session, new_session_root, remove_session
+from revdist.cluster.way_out import expect_to_be_held_up
 from revdist.errors import AddressUnreachable
+
+_LOOK_S = 1.0
+"""Longest wait for the head of a cluster to take a connection."""
 
 
 @contextlib.contextmanager
@@ -37,10 +44,9 @@ def ray_cluster(address: str | None, *, num_workers: int) -> Iterator[bool]:
         try:
             yield address is None
         finally:
-            session = session_folder() if address is None else None
-            _disconnect()
-            if session is not None:
-                remove_session(session)
+            session = session_folder() if address is None else ""
+            _disconnect(session)
+            remove_session(session)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,10 +164,18 @@ def _stay_on_loopback_where_ray_does(address: str) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = False
 
 
-def _disconnect() -> None:
+def _disconnect(session: str) -> None:
+    """Leave the cluster, and end it where it is the run's own. session: its folder then, else empty."""
     import ray
 
-    ray.shutdown()
+    if takes_connections(*parse_address(ray.get_runtime_context().gcs_address), timeout_s=_LOOK_S):
+        ray.shutdown()
+        return
+    expect_to_be_held_up()
+    atexit.unregister(ray.shutdown)
+    if is_own_session(session):
+        for process in writing_below(session):
+            process.send(signal.SIGKILL)
 
 
 @contextlib.contextmanager

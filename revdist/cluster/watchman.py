@@ -17,6 +17,7 @@ from types import FrameType
 
 from revdist.cluster.local import addresses, ray_cluster, session_folder
 from revdist.cluster.run_record import RAY_SESSION
+from revdist.cluster.way_out import leave
 
 _RESTARTS = 5
 _PAUSE_S = 0.2
@@ -60,4 +61,4 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(SystemExit(main(sys.argv[1:])))

@@ -126,10 +126,10 @@ class Loop:
         """Go on in a group that has been formed, at the step that it agreed on.
 
         reports: the last ones of the rank that was ahead. Those of a lost first rank may not have arrived,
-        so a new one reports them once more.
+        so a new one reports them once more; one that stays reports what others took and it did not.
         """
         began_s, self._group = self._step_began_s, order.number
-        was_first = self.rank == 0
+        reported_step = self.step if self.rank == 0 else 0
         self.rank = order.rendezvous.rank
         self.step = step
         self._saved_step, self._asked_to_save = _UNKNOWN, False
@@ -137,9 +137,10 @@ class Loop:
         self.shares = order.shares
         self._adopt_plan(self._make_plan(reason=order.shares.reason))
         self._pause_s += time.perf_counter() - began_s
-        if self.rank == 0 and not was_first:
+        if self.rank == 0:
             for report in self._reports:
-                self._outbox.put(report)
+                if report.step > reported_step:
+                    self._outbox.put(report)
 
     def _learn(self, rows: Sequence[Row]) -> None:
         """Measure on, where training began without a profile."""

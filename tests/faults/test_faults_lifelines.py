@@ -20,6 +20,7 @@ from runs import settings
 
 import revdist
 from revdist.cluster.lifelines import Lifelines
+from revdist.cluster.run_record import read_record
 from revdist.errors import ConfigError
 from revdist.training.checkpoint_files import newest_whole
 from revdist.training.network import listen
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("devices_folder")
 WATCHER = """
 import sys, time
 from revdist.cluster.lifelines import Lifelines
+from revdist.cluster.run_record import read_record
 with Lifelines(sys.argv[1], raylet=sys.argv[2]) as watch:
     reason = watch.or_cut(lambda: None)
     time.sleep(1)
@@ -144,6 +146,9 @@ def assert_saved(process: subprocess.Popen[bytes], run_dir: Path, *, lost: str) 
     taken = [step["step"] for step in RunReader(run_dir).metrics()]
     assert taken == list(range(1, len(taken) + 1))
     assert newest_whole(run_dir / "checkpoints").checkpoint.step == len(taken)
+    record = read_record(run_dir)
+    assert record is not None
+    assert (record.state, record.exit_code) == ("stopped", 143)
     return len(taken)
 
 
@@ -172,8 +177,10 @@ def test_a_run_saves_when_its_head_is_lost_and_is_taken_up_in_another_cluster(
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
     run_dir = tmp_path / "run"
     with launched(config, run_dir) as process:
+        replicas = [holder("cpu-0"), holder("cpu-1")]
         kill("gcs_server", process)
         taken = assert_saved(process, run_dir, lost="the Ray head")
+        wait_until(lambda: all(map(is_dead, replicas)), "replicas stayed")
     go_on(config, run_dir, taken=taken)
 
 

@@ -143,6 +143,20 @@ def test_a_broken_connection_between_living_ranks_is_mended(unharmed: Unharmed, 
         assert tensor.equal(final_state(result.run_dir)[name]), name
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_whose_end_one_rank_missed_is_taken_and_reported_once(
+    rank: int, unharmed: Unharmed, tmp_path: Path
+) -> None:
+    """Also by the first rank, which reports what all take."""
+    common = {"epochs": None, "steps": 30, "planning": {"share": "equal", "profile_cache": False}}
+    harm = Harm(30, lambda harm: None)
+    model = {"factory": "small_models:classifier_that_misses_the_end_of_a_step", "kwargs": {"rank": rank, "step": 12}}
+    result = run(tmp_path / "run", harm, model=model, faults={"heartbeat_s": 1}, **common)
+    assert harm.groups == [["cpu-0", "cpu-1", "cpu-2"]]
+    assert not harm.kinds("lost")
+    assert_nothing_was_lost(harm, result, unharmed(30), steps=30)
+
+
 @pytest.mark.slow
 def test_a_device_that_falls_off_the_bus_takes_its_rank_along(unharmed: Unharmed, tmp_path: Path) -> None:
     harm = Harm(STEPS, lambda harm: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -169,6 +170,23 @@ class Disconnection(nn.Module):
                 assert group._current is not None
                 group._current.shut_down()
         return x
+
+
+def classifier_that_misses_the_end_of_a_step(rank: int, step: int) -> nn.Module:
+    """The classifier; on one rank, the connection breaks once all others have heard the end of a step."""
+    from revdist.training.agreement import Agreement
+
+    if os.environ.get("RANK") == str(rank):
+        rows, ends = Agreement.rows, itertools.count(1)
+
+        def rows_with_trouble(agreement: Agreement) -> Any:
+            heard = rows(agreement)
+            if next(ends) == step:
+                raise RuntimeError("gloo/ connection closed, for a test")
+            return heard
+
+        Agreement.rows = rows_with_trouble  # type: ignore[method-assign]
+    return classifier()
 
 
 def classifier_with_trouble_at_a_join(trouble: str, folder: str) -> nn.Module:
