@@ -143,7 +143,7 @@ def test_a_broken_connection_between_living_ranks_is_mended(unharmed: Unharmed, 
         assert tensor.equal(final_state(result.run_dir)[name]), name
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_step_whose_end_one_rank_missed_is_taken_and_reported_once(
     rank: int, unharmed: Unharmed, tmp_path: Path
 ) -> None:
