@@ -90,7 +90,7 @@ def test_a_run_directory_on_a_full_disk_gets_every_line_once_there_is_room(small
             filler.unlink()
 
     watcher = Watcher(fill_and_free)
-    pace = {"factory": "small_models:slow_images", "kwargs": {"seconds": 0.2}}  # ranks do not wait for the watcher
+    pace = SLOW | {"kwargs": {"seconds": 0.2}}  # ranks do not wait for the watcher
     trainer = revdist.Trainer(
         settings(data=pace, epochs=None, steps=12, checkpoint={"every_steps": 2}),
         observer=watcher,

@@ -32,7 +32,6 @@ pytestmark = pytest.mark.usefixtures("devices_folder")
 WATCHER = """
 import sys, time
 from revdist.cluster.lifelines import Lifelines
-from revdist.cluster.run_record import read_record
 with Lifelines(sys.argv[1], raylet=sys.argv[2]) as watch:
     reason = watch.or_cut(lambda: None)
     time.sleep(1)
