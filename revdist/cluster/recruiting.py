@@ -38,8 +38,6 @@ class _Newcomer:
     found: Any
     """Answer to the question where it runs, as it comes."""
     asked_s: float
-    replaces: bool
-    """Whether it takes the place of a member that was lost."""
     location: Location | None = None
     ready: bool = False
 
@@ -76,6 +74,8 @@ class Recruiter:
             if spec.name and spec.name not in placed
         ]
         self._restarts = restarts
+        self._is_restarting = False
+        """Whether the last restart is on its way: nobody of it is ready or has failed."""
         self._failed = 0
         self._newcomers: dict[int, _Newcomer] = {}
         self._next_look_s = 0.0
@@ -95,8 +95,11 @@ class Recruiter:
 
     @property
     def restarts(self) -> int:
-        """Lost members replaced so far, and what the run used up before; those on their way do not count yet."""
-        return self._restarts - sum(newcomer.replaces for newcomer in self._newcomers.values())
+        """Times that lost members were replaced, and what the run used up before; not the one that is on its way.
+
+        Members that are replaced together, as those of a host that is back, count once.
+        """
+        return self._restarts - self._is_restarting
 
     def lose(self, member: int) -> bool:
         """A member is lost; whether it will be replaced where a device is found."""
@@ -110,6 +113,7 @@ class Recruiter:
     def fail(self, member: int, why: str) -> None:
         """A newcomer, or one that was ready but could not join, is of no use: try again later."""
         self._newcomers.pop(member, None)
+        self._is_restarting = False
         place = self._places.pop(member)
         self._lost.append(place)
         self._fleet.forget(member)
@@ -122,6 +126,7 @@ class Recruiter:
     def is_ready(self, member: int) -> None:
         """A newcomer has reported its curve."""
         self._newcomers[member].ready = True
+        self._is_restarting = False
 
     def advance(self) -> dict[int, Location]:
         """Do what can be done without waiting; returns newcomers that are ready, and are so no more."""
@@ -155,20 +160,24 @@ class Recruiter:
         """Start a newcomer on every device that is free."""
         now_s = time.monotonic()
         room = [one for one in hosts if self._shunned_until_s.get(one.node_id, now_s) <= now_s]
+        lost = list(self._lost) if self._restarts < self._config.workers.max_restarts else []
+        num_lost = len(self._lost)
         while len(self._places) < self.most_members:
-            lost = self._lost if self._restarts < self._config.workers.max_restarts else []
             place = place_another(self._config, room, tuple(self._places.values()), lost, rank=-1)
             if place is None:
-                return
+                break
             room = [host.without(place, threads=self._config.threads_per_worker) for host in room]
             before = next((one for one in lost if one.spec == place.spec), None)
             if before is not None:
+                lost.remove(before)
                 self._lost.remove(before)
-                self._restarts += 1
             member = self._fleet.add(place)
             self._places[member] = place
             found = self._fleet.find(member, place.address)
-            self._newcomers[member] = _Newcomer(place, found, now_s, replaces=before is not None)
+            self._newcomers[member] = _Newcomer(place, found, now_s)
+        if len(self._lost) < num_lost:
+            self._restarts += 1
+            self._is_restarting = True
 
     @property
     def _may_look(self) -> bool:

@@ -78,18 +78,35 @@ def test_of_cpu_devices_each_host_gives_one() -> None:
     assert [one.node_id for one in fleet.added] == ["b", "c"]
 
 
-def test_lost_devices_are_started_as_often_as_restarts_are_left() -> None:
+def test_members_lost_together_are_one_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(recruiting.time, "monotonic", lambda: now_s)
     fleet = EmptyFleet(host("a", cpus=8))
     config = RunConfig.from_mapping(settings(capacities=("64MiB",) * 4, workers={"max_restarts": 2}))
     places = {rank: place("a", spec) for rank, spec in enumerate(cast(Any, config.devices))}
     found = Recruiter(config, cast(Fleet, fleet), places, assign=cast(Any, None), tell=print)
-    replaced = [found.lose(rank) for rank in (1, 2, 3)]
-    found._next_look_s = 0.0  # without the pause after a loss
-    found.advance()
-    assert replaced == [True, True, True]
-    assert len(fleet.added) == 2
+
+    def lose_and_look(*ranks: int) -> list[bool]:
+        nonlocal now_s
+        replaced = [found.lose(rank) for rank in ranks]
+        now_s += 100
+        found.advance()
+        return replaced
+
+    assert lose_and_look(1, 2, 3) == [True, True, True]
+    assert len(fleet.added) == 3
     assert found.restarts == 0  # none is there yet
-    assert not found.lose(0)
+    found.fail(101, "its host is gone")
+    assert found.restarts == 1
+    for member in (102, 103):
+        found.is_ready(member)
+        found.fail(member, "it could not join")
+    assert lose_and_look(0) == [True]
+    assert len(fleet.added) == 3 + 4
+    for member in (104, 105, 106, 107):
+        found.is_ready(member)
+    assert found.restarts == 2
+    assert not found.lose(104)
 
 
 def test_newcomers_that_fail_together_are_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
