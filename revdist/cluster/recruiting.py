@@ -160,7 +160,7 @@ class Recruiter:
         """Start a newcomer on every device that is free."""
         now_s = time.monotonic()
         room = [one for one in hosts if self._shunned_until_s.get(one.node_id, now_s) <= now_s]
-        lost = list(self._lost) if self._restarts < self._config.workers.max_restarts else []
+        lost = self._lost if self._restarts < self._config.workers.max_restarts else []
         num_lost = len(self._lost)
         while len(self._places) < self.most_members:
             place = place_another(self._config, room, tuple(self._places.values()), lost, rank=-1)
@@ -170,7 +170,6 @@ class Recruiter:
             before = next((one for one in lost if one.spec == place.spec), None)
             if before is not None:
                 lost.remove(before)
-                self._lost.remove(before)
             member = self._fleet.add(place)
             self._places[member] = place
             found = self._fleet.find(member, place.address)
