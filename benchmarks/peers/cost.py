@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers.networks import Couplings, parameters, relative_error
+from benchmarks.quartiles import quartiles
 from revdist.devices import MemoryMeter
 
 CHANNELS, SIZE, BATCH = 32, 32, 8
@@ -138,8 +139,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 def _cost(depth: int, case: Case, samples: _Samples, plain: _Samples) -> Cost:
     step_s, plain_s = statistics.median(samples.times_s), statistics.median(plain.times_s)
-    ratios = sorted(own / other for own, other in zip(samples.times_s, plain.times_s, strict=True))
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    low, _, high = quartiles([own / other for own, other in zip(samples.times_s, plain.times_s, strict=True)])
     peak_bytes = max(samples.peaks_bytes)
     return Cost(
         depth=depth,
