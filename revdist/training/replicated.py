@@ -70,6 +70,8 @@ class Replicated:
         self._as_view = gradient_as_bucket_view
         self._ddp: DistributedDataParallel | None = None
         self._reducing = False
+        self._expected = False
+        """Whether DDP waits for gradients: it takes those of any backward from its reducing forward on."""
         self._losses: list[Tensor] = []
         self._on_their_way: Callable[[], None] = _nothing
         self.connect(alike=False)
@@ -109,7 +111,8 @@ class Replicated:
         # The module lives on in reference cycles; what holds buckets and group must not.
         self._ddp.reducer = self._ddp.logger = None  # type: ignore[assignment]
         self._ddp = None
-        self._reducing, self._on_their_way = False, _nothing  # of a step that ended with the group
+        self._reducing = self._expected = False  # of a step that ended with the group
+        self._on_their_way = _nothing
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -128,8 +131,8 @@ class Replicated:
 
     @property
     def reduction_began(self) -> bool:
-        """Whether gradients of this step are on their way to the other ranks."""
-        return bool(self._reduced)
+        """Whether gradients of this step are on their way to the other ranks, or the next ones will be."""
+        return self._expected or bool(self._reduced)
 
     @property
     def loss_sum(self) -> float:
@@ -143,7 +146,7 @@ class Replicated:
             may not have come: what it hands in itself travels beside them
         """
         self._reduced.clear()
-        self._reducing = False
+        self._reducing = self._expected = False
         self._losses.clear()
         self._on_their_way = on_their_way
         torch._foreach_zero_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
@@ -158,6 +161,7 @@ class Replicated:
         self._reducing = reduce
         with contextlib.nullcontext() if reduce else self._ddp.no_sync():
             loss = self._ddp(batch)
+            self._expected = reduce
             self._losses.append(loss.detach())
             if loss.requires_grad:
                 (loss * scale).backward()
@@ -174,6 +178,7 @@ class Replicated:
         if missing:
             zeros = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in missing]
             torch.autograd.backward(missing, zeros)
+        self._expected = False
 
     def average_buffers(self, weight: float) -> None:
         """Average floating-point buffers over ranks, weighted: all ranks hold the same ones afterwards."""

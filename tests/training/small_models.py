@@ -54,8 +54,14 @@ def classifier(
 
 
 def short_of_memory(*, rank: int, passes: list[int], phase: str, depth: int = 3) -> nn.Module:
-    """The classifier, out of memory on one rank at the given training passes, in `forward` or `backward`."""
-    return classifier(depth, trouble=Shortage(rank, tuple(passes), phase))
+    """The classifier, out of memory on one rank at the given training passes.
+
+    phase: `forward`, `backward`, or `first backward`, before that of anything with parameters.
+    """
+    trouble = Shortage(rank, tuple(passes), phase)
+    if phase == "first backward":
+        return nn.Sequential(*classifier(depth).children(), trouble)
+    return classifier(depth, trouble=trouble)
 
 
 class Shortage(nn.Module):

@@ -86,10 +86,18 @@ def test_single_precision_differs_by_rounding_only(tmp_path: Path) -> None:
     assert largest_difference(outcome.state(), train_alone(configs[0], dtype=torch.float32)) < 2e-5
 
 
-@pytest.mark.parametrize(("phase", "passes"), [("forward", [2]), ("backward", [2])])
-def test_a_rank_out_of_memory_loses_no_step_and_no_sample(phase: str, passes: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phase", "passes", "micro_batch"),
+    [("forward", [2], None), ("backward", [2], None), ("first backward", [4], 3)],
+    ids=["forward", "backward", "before the first gradient of a step's last micro-batch"],
+)
+def test_a_rank_out_of_memory_loses_no_step_and_no_sample(
+    phase: str, passes: list[int], micro_batch: int | None, tmp_path: Path
+) -> None:
     model = {"factory": "small_models:short_of_memory", "kwargs": {"rank": 1, "passes": passes, "phase": phase}}
-    configs = in_modes(["auto", "auto"], profile_first=True, model=model, steps=4, epochs=None)
+    configs = in_modes(
+        ["auto", "auto"], profile_first=True, model=model, steps=4, epochs=None, micro_batch=micro_batch
+    )
     outcome = run_replicas(configs, [(6, 6)], tmp_path)
     assert_no_failure(outcome)
     shortages = [event for event in outcome.of_kind(EventReport) if event.kind == "out-of-memory"]
