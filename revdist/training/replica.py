@@ -108,8 +108,8 @@ class Replica:
         try:
             finished = self._train(trained, self._loop)
             watch.stop()
+            self._with_the_others(lambda: self._save_last(trained))
             score = self._with_the_others(lambda: self._score(trained)) if finished else None
-            self._with_the_others(lambda: self._save(trained))
         finally:
             watch.stop()
             self._loop.close()
@@ -333,11 +333,18 @@ class Replica:
             trained.parts, trained.optimizer, step=self._loop.step, rank=self.rank, shares=shares, plans=plans
         )
 
+    def _save_last(self, trained: Trained) -> None:
+        """Save the state that the run ends with. All ranks hold it until it is written: who writes it may be lost."""
+        self._saver.wait_with_others()
+        self._save(trained)
+        self._saver.wait_with_others()
+
     def _save_alone(self, loop: Loop) -> None:
         """Save what this replica holds where nobody leads the run any more, and nobody else has saved as much."""
         may_write, trained = self._inbox.may_write, self._trained
         if may_write is not None and trained is not None:
             with may_write() as mine:
+                self._saver.wait()
                 if mine and not any(one.step >= loop.step for one in checkpoints(self._assignment.checkpoints)):
                     self._saver.save(
                         trained.parts,

@@ -36,6 +36,8 @@ _PATIENCE_S = 30.0
 """How long a replica that fails waits for a write under way."""
 _SLOW_WRITE_S = 60.0
 """How long a save waits for the one before it; the other ranks wait for this one, and must not give it up."""
+_BEAT_S = 10.0
+"""How long ranks wait for one that writes before all of them wait again: no collective may take long."""
 _GENERATORS_FILE = "generators.json"
 
 
@@ -90,7 +92,7 @@ class Saver:
         if rank != 0:
             return
         began_s = time.perf_counter()
-        if not self._wait(_SLOW_WRITE_S):
+        if not self.wait(_SLOW_WRITE_S):
             waited = f"the one before it is being written for more than {_SLOW_WRITE_S:.0f} s"
             self._event("checkpoint-failed", f"no checkpoint of step {step}: {waited}; save less often, or elsewhere")
             return
@@ -131,12 +133,26 @@ class Saver:
         send_state(parts.model, optimizer, None, source=0)
         return step[0]
 
+    def wait(self, patience_s: float | None = None) -> bool:
+        """Wait for a write under way; False where it takes longer."""
+        if self._writing is None:
+            return True
+        self._writing.join(patience_s)
+        return not self._writing.is_alive()
+
+    def wait_with_others(self) -> None:
+        """Wait until no rank writes, however long that takes. A collective on the default group."""
+        written = torch.zeros(1)
+        while not written:
+            written.fill_(self.wait(_BEAT_S))
+            dist.all_reduce(written, op=dist.ReduceOp.MIN)
+
     def finish(self) -> None:
         """Wait until what was saved is on disk.
 
         Raises CheckpointError where the last save failed, naming the newest checkpoint there is.
         """
-        self._wait()
+        self.wait()
         if self._failure is None:
             return
         found = checkpoint_files.checkpoints(self._place)
@@ -145,14 +161,7 @@ class Saver:
 
     def close(self) -> None:
         """Wait a while for a write under way, whatever becomes of it: this replica has failed."""
-        self._wait(_PATIENCE_S)
-
-    def _wait(self, patience_s: float | None = None) -> bool:
-        """Wait for a write under way; False where it takes longer."""
-        if self._writing is None:
-            return True
-        self._writing.join(patience_s)
-        return not self._writing.is_alive()
+        self.wait(_PATIENCE_S)
 
     def _documents(self, plans: Sequence[Plan], generators: Mapping[str, Any]) -> dict[str, str]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,24 @@ def test_a_frozen_rank_is_given_up_and_ended(unharmed: Unharmed, tmp_path: Path)
     (lost,) = harm.kinds("lost")
     assert "did not answer for 2.0 s" in lost["detail"]
     wait_until(lambda: is_dead(harm.pids[0]), "the frozen replica is there")
+    assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
+
+
+@pytest.mark.slow
+def test_the_state_is_saved_though_the_rank_that_writes_it_is_killed(unharmed: Unharmed, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    harm = Harm(STEPS, lambda harm: watcher.start())
+
+    def kill_the_writer() -> None:
+        wait_until(lambda: any((run_dir / "checkpoints").glob("*.part/*")), "nothing is being written")
+        harm.signal(["cpu-0"], signal.SIGKILL)
+
+    watcher = threading.Thread(target=kill_the_writer)
+    model = {"factory": "small_models:on_a_slow_disk", "kwargs": {"seconds": 2.0}}
+    result = run(run_dir, harm, epochs=None, steps=STEPS, model=model, workers={"max_restarts": 0})
+    watcher.join()
+    assert all(is_dead(pid) for pid in harm.pids)
+    assert len(harm.pids) == len(harm.kinds("lost")) == 1
     assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
 
 

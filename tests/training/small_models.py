@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from revdist.reversible.chain import ReversibleChain
 from revdist.reversible.couplings import AdditiveCoupling
+from revdist.training import checkpoint_folders, saving
 
 CLASSES = 5
 CHANNELS = 8
@@ -62,6 +63,19 @@ def short_of_memory(*, rank: int, passes: list[int], phase: str, depth: int = 3)
     if phase == "first backward":
         return nn.Sequential(*classifier(depth).children(), trouble)
     return classifier(depth, trouble=trouble)
+
+
+def on_a_slow_disk(seconds: float, depth: int = 3) -> nn.Module:
+    """The classifier, in a process whose checkpoints take so long to publish, which is longer than saves wait."""
+    publish = checkpoint_folders.LocalFolder.publish
+
+    def publish_late(folder: checkpoint_folders.LocalFolder, place: str, name: str) -> None:
+        time.sleep(seconds)
+        publish(folder, place, name)
+
+    checkpoint_folders.LocalFolder.publish = publish_late  # type: ignore[method-assign]
+    saving._SLOW_WRITE_S = seconds / 100
+    return classifier(depth)
 
 
 class Shortage(nn.Module):
@@ -125,6 +139,13 @@ class SlowImages(Images):
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
         time.sleep(self.seconds)
         return [self[index] for index in indices]
+
+
+def images_that_cannot_be_scored() -> tuple[Images, Images]:
+    """The same images, with a label in the test data that is no class."""
+    train, test = images()
+    test.labels[-1] = CLASSES
+    return train, test
 
 
 def slow_images(seconds: float, num_samples: int = 50) -> tuple[SlowImages, None]:

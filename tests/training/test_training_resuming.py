@@ -14,7 +14,7 @@ from test_training_replicas import largest_difference, train_alone
 from revdist.config import RunConfig
 from revdist.planning.costs import Plan
 from revdist.training.checkpoint_files import checkpoints, newest, read_profiles
-from revdist.training.reports import EndReport, EventReport
+from revdist.training.reports import EndReport, EventReport, FailureReport
 
 pytestmark = pytest.mark.usefixtures("devices_folder")
 
@@ -73,3 +73,20 @@ def test_a_checkpoint_holds_what_the_run_was(when: dict[str, float], tmp_path: P
     assert [(plan.rank, plan.share) for plan in plans] == [(0, 2), (1, 10)]
     assert {profile.micro_batch for profile in read_profiles(tmp_path / "checkpoints")} >= {6}
     assert RunConfig.from_mapping(yaml.safe_load(found.read("config.yaml"))) == config
+
+
+def test_a_run_whose_scoring_fails_has_saved_its_weights(tmp_path: Path) -> None:
+    config = run_config(steps=3, epochs=None, data={"factory": "small_models:images_that_cannot_be_scored"})
+    outcome = run_replicas([config], [(12,)], tmp_path)
+    (failure,) = outcome.of_kind(FailureReport)
+    assert "Target 5 is out of bounds" in str(failure.error)
+    assert newest(tmp_path / "checkpoints").verify().progress.step == 3
+
+
+def test_the_last_state_is_saved_however_long_the_save_before_it_takes(tmp_path: Path) -> None:
+    model = {"factory": "small_models:on_a_slow_disk", "kwargs": {"seconds": 1.0}}
+    config = run_config(steps=3, epochs=None, model=model, checkpoint={"every_steps": 1})
+    outcome = run_replicas([config] * 2, [(9, 3)], tmp_path)
+    assert_no_failure(outcome)
+    assert any("is being written" in event.detail for event in events(outcome, "checkpoint-failed"))
+    assert newest(tmp_path / "checkpoints").step == 3
