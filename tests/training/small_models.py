@@ -250,11 +250,18 @@ def classifier_whose_maker_dies(rank: int, times: int, folder: str, by: str = "S
     return classifier()
 
 
-def classifier_that_tells_when_it_is_built(folder: str) -> nn.Module:
-    """The classifier. Each process writes when it built its first, in seconds since 1970, to a file in `folder`."""
-    path = Path(folder) / f"{os.getpid()}.built"
-    if not path.exists():
-        path.write_text(str(time.time()))
+def classifier_built_together(folder: str, *, first: int, then: int) -> nn.Module:
+    """The classifier. The processes that build it after the `first` ones wait until `then` of them do so as well."""
+    place = Path(folder)
+    (place / f"{os.getpid()}.built").touch()
+
+    def num_built() -> int:
+        return len(list(place.glob("*.built")))
+
+    until_s = time.monotonic() + 60
+    while first < num_built() < first + then:
+        assert time.monotonic() < until_s, "the others are not built beside this one"
+        time.sleep(0.05)
     return classifier()
 
 
