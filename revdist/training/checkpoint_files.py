@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 from revdist.errors import CheckpointError, InvalidCosts
@@ -136,8 +136,8 @@ class Whole:
 
     checkpoint: Checkpoint
     contents: Contents
-    torn: tuple[str, ...]
-    """Per newer checkpoint: its name and its fault."""
+    torn: Mapping[str, str]
+    """Faults of the newer ones, by name."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -169,26 +169,29 @@ def newest_whole(place: Place | Folder) -> Whole:
     Raises CheckpointError naming every checkpoint's fault where none is.
     """
     newest(place)
-    torn: list[str] = []
+    torn: dict[str, str] = {}
     for checkpoint in reversed(checkpoints(place)):
         try:
-            return Whole(checkpoint=checkpoint, contents=checkpoint.verify(), torn=tuple(torn))
+            return Whole(checkpoint=checkpoint, contents=checkpoint.verify(), torn=torn)
         except CheckpointError as error:
-            torn.append(f"{checkpoint.name}: {error.message}")
-    raise CheckpointError(
-        f"no checkpoint in {place} is whole ({'; '.join(torn)}): put back a copy of one, or start a new run"
-    )
+            torn[checkpoint.name] = error.message
+    faults = "; ".join(f"{name}: {fault}" for name, fault in torn.items())
+    raise CheckpointError(f"no checkpoint in {place} is whole ({faults}): put back a copy of one, or start a new run")
 
 
-def prune(folder: Folder, *, step: int, keep: int, keep_every_steps: int | None) -> None:
+def prune(folder: Folder, *, step: int, keep: int, keep_every_steps: int | None, torn: Collection[str] = ()) -> None:
     """Remove what the policy does not keep.
 
+    torn: names of checkpoints that are known not to be whole: they do not take the place of good ones
+
     Only checkpoints up to `step`, the one just written, count: a later one is torn, or this run would
-    have gone on from there, and must not take the place of a good one.
+    have gone on from there.
     """
-    old = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.step <= step][:-keep]
-    for checkpoint in old:
-        if keep_every_steps is None or checkpoint.step % keep_every_steps:
+    there = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.step <= step]
+    kept = {checkpoint.name for checkpoint in [one for one in there if one.name not in torn][-keep:]}
+    for checkpoint in there:
+        due = keep_every_steps is not None and checkpoint.step % keep_every_steps == 0
+        if checkpoint.name not in kept and (checkpoint.name in torn or not due):
             folder.remove(checkpoint.name)
 
 

@@ -128,5 +128,6 @@ class Membership:
             raise RunFailed("no rank of the group has the state of training: go on from a checkpoint with --resume")
         if bool((table == table[source]).all()):
             return step, reports
-        reports = send_state(self._t.parts.model, self._t.optimizer, reports, source=source)
+        is_missing = not torch.equal(table[self.rank], table[source])
+        reports = send_state(self._t.parts.model, self._t.optimizer, reports, source=source, is_missing=is_missing)
         return highest, reports

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revdist.config import OptimizerConfig
 from revdist.devices.device import MemoryMeter
-from revdist.errors import FactoryError
+from revdist.errors import CheckpointError, FactoryError
 from revdist.training.factories import call_factory
 
 _NO_REHEARSAL = (RuntimeError, NotImplementedError, TypeError, ValueError)
 """What an optimizer raises that needs more than gradients to step."""
+_WIDE = {bool: torch.bool, int: torch.int64, float: torch.float64}
+_NOT_COUNTED = ("params", "lr", "initial_lr")
+"""Entries of parameter groups that come from the model, the configuration and the step."""
+_FIRST_GROUPS: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
+"""The other entries as optimizers were built with them."""
 _PIECE = 2**16
 """Elements of a parameter that stand for all of it."""
 
@@ -29,7 +36,42 @@ def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter])
         raise FactoryError(f"{config.factory} gave a {type(optimizer).__name__}, not a torch.optim.Optimizer")
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    _FIRST_GROUPS[optimizer] = [dict(group) for group in optimizer.param_groups]
     return optimizer
+
+
+def counted_in_groups(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
+    """What an optimizer changes in its parameter groups as it steps, by group and key: apex counts steps there.
+
+    Numbers and tensors that are not those it was built with; the learning rate is a function of the step.
+    """
+    first = _FIRST_GROUPS.get(optimizer, optimizer.param_groups)
+    return {
+        (index, key): value if isinstance(value, Tensor) else torch.tensor(value, dtype=_WIDE[type(value)])
+        for index, (group, before) in enumerate(zip(optimizer.param_groups, first, strict=False))
+        for key, value in group.items()
+        if key not in _NOT_COUNTED and _is_count(value) and not (key in before and _is_same(before[key], value))
+    }
+
+
+def count_in_group(optimizer: torch.optim.Optimizer, index: int, key: str, value: Tensor) -> None:
+    """Put back what `counted_in_groups` found."""
+    if index >= len(optimizer.param_groups):
+        raise CheckpointError(
+            f"the checkpoint has {key!r} of parameter group {index}, and the optimizer has "
+            f"{len(optimizer.param_groups)}: it is of another optimizer"
+        )
+    group = optimizer.param_groups[index]
+    is_tensor = isinstance(group.get(key), Tensor)
+    group[key] = value.to(group[key].device, copy=True) if is_tensor else value.item()
+
+
+def _is_count(value: object) -> bool:
+    return type(value) in _WIDE or (isinstance(value, Tensor) and value.dim() == 0)
+
+
+def _is_same(before: object, value: object) -> bool:
+    return type(before) is type(value) and bool(before == value)
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, num_steps: int) -> float:

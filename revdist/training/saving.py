@@ -16,13 +16,14 @@ from typing import Any, final
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
 from revdist.config import RunConfig
 from revdist.errors import CheckpointError
 from revdist.planning.costs import Plan, Profile
 from revdist.training import checkpoint_files
-from revdist.training.checkpoint_files import PROFILES_FILE, Progress
+from revdist.training.checkpoint_files import PROFILES_FILE, Checkpoint, Contents, Progress
 from revdist.training.checkpoint_folders import Folder, Place, open_folder
 from revdist.training.generators import generator_states, restore_generators
 from revdist.training.host_tensors import Staging
@@ -39,6 +40,7 @@ _SLOW_WRITE_S = 60.0
 _BEAT_S = 10.0
 """How long ranks wait for one that writes before all of them wait again: no collective may take long."""
 _GENERATORS_FILE = "generators.json"
+_CONFIG_FILE = "config.yaml"
 
 
 @final
@@ -54,6 +56,10 @@ class Saver:
         """Micro-batch sizes of the profiles recalled: the ones to use again on a device that is known."""
         self._profiles: tuple[Profile, ...] = ()
         self._staging = Staging()
+        self._whole_step: int | None = None
+        """Of the newest checkpoint that this replica has written or read."""
+        self._torn: frozenset[str] = frozenset()
+        """Names of checkpoints that were found to be torn."""
         self._writing: threading.Thread | None = None
         self._failure: CheckpointError | None = None
 
@@ -95,6 +101,8 @@ class Saver:
         if not self.wait(_SLOW_WRITE_S):
             waited = f"the one before it is being written for more than {_SLOW_WRITE_S:.0f} s"
             self._event("checkpoint-failed", f"no checkpoint of step {step}: {waited}; save less often, or elsewhere")
+            return
+        if step == self._whole_step:  # it would be replaced by the same, and be missing meanwhile
             return
         live = training_state(parts.model, optimizer)
         progress = Progress(
@@ -165,7 +173,7 @@ class Saver:
 
     def _documents(self, plans: Sequence[Plan], generators: Mapping[str, Any]) -> dict[str, str]:
         return {
-            "config.yaml": self._config.to_yaml(),
+            _CONFIG_FILE: self._config.to_yaml(),
             "plans.json": json.dumps([json.loads(plan.to_json()) for plan in plans]),
             PROFILES_FILE: checkpoint_files.profiles_to_json(self._profiles),
             _GENERATORS_FILE: json.dumps(generators),
@@ -192,6 +200,8 @@ class Saver:
             self._fail(CheckpointError(f"cannot write a checkpoint in {self._place}: {type(error).__name__}: {error}"))
             return
         self._failure = None
+        self._whole_step = progress.step
+        self._torn -= {saved.name}
         self._event(
             "checkpoint",
             str(saved),
@@ -205,7 +215,9 @@ class Saver:
     def _prune(self, folder: Folder, step: int) -> None:
         policy = self._config.checkpoint
         try:
-            checkpoint_files.prune(folder, step=step, keep=policy.keep, keep_every_steps=policy.keep_every_steps)
+            checkpoint_files.prune(
+                folder, step=step, keep=policy.keep, keep_every_steps=policy.keep_every_steps, torn=self._torn
+            )
         except (OSError, CheckpointError) as error:
             self._event("checkpoint-failed", f"cannot remove older checkpoints in {folder}: {error}")
 
@@ -218,8 +230,11 @@ class Saver:
         from revdist.training import checkpoint
 
         found = checkpoint_files.newest_whole(self._place)
-        for fault in found.torn:
-            self._event("checkpoint-failed", f"torn and left out: {fault}; going on from {found.checkpoint.name}")
+        for name, fault in found.torn.items():
+            self._event(
+                "checkpoint-failed", f"torn and left out: {name}: {fault}; going on from {found.checkpoint.name}"
+            )
+        self._torn = frozenset(found.torn)
         progress = found.contents.progress
         checkpoint_files.check_same_run(
             progress,
@@ -227,11 +242,24 @@ class Saver:
             global_batch=self._config.global_batch,
             num_samples=parts.order.num_samples,
         )
+        self._check_optimizer(found.checkpoint, found.contents)
         load_training_state(parts.model, optimizer, checkpoint.read_state(found.checkpoint))
+        self._whole_step = progress.step
         if _GENERATORS_FILE in found.contents.files:
             restore_generators(found.checkpoint.read(_GENERATORS_FILE).decode())
         self._event("resumed", f"{found.checkpoint}, written by {_name_versions(found.contents.versions)}")
         return progress.step
+
+    def _check_optimizer(self, found: Checkpoint, contents: Contents) -> None:
+        """Raise CheckpointError where the state is of another optimizer."""
+        if _CONFIG_FILE not in contents.files:
+            return
+        config = yaml.safe_load(found.read(_CONFIG_FILE))
+        before, now = config["optimizer"]["factory"], self._config.optimizer.factory
+        if before != now:
+            raise CheckpointError(
+                f"{found} holds the state of {before}, and optimizer.factory is {now}: set it back, or start a new run"
+            )
 
 
 def _name_versions(versions: Mapping[str, str]) -> str:

@@ -1,11 +1,12 @@
 """The state of training as a flat mapping of names to tensors, to be saved or sent.
 
-Hyperparameters are not part of it: they come from the configuration, the learning rate from the step.
+Hyperparameters are not part of it: they come from the configuration, the learning rate from the step. What an
+optimizer counts in its parameter groups is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,9 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from revdist.errors import CheckpointError
+from revdist.training.host_tensors import host_tensor
+from revdist.training.optimizer import count_in_group, counted_in_groups
 
 _MODEL = "model/"
 _OPTIMIZER = "optimizer/"
+_GROUPS = "optimizer-groups/"
 
 _PIECE_BYTES = 32 * 2**20
 
@@ -24,7 +28,7 @@ T = TypeVar("T")
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Parameters, buffers and optimizer state by name. The tensors are the live ones.
+    """Parameters, buffers and optimizer state by name. The tensors are the live ones, but those of numbers.
 
     Raises CheckpointError for an optimizer that keeps something else than tensors.
     """
@@ -38,7 +42,8 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
                     "only optimizers whose state is tensors can be saved"
                 )
             state[f"{_OPTIMIZER}{names[parameter]}/{key}"] = value
-    return state
+    counted = counted_in_groups(optimizer)
+    return state | {f"{_GROUPS}{index}/{key}": value for (index, key), value in counted.items()}
 
 
 def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
@@ -61,22 +66,46 @@ def load_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, stat
     for name in saved:
         del state[_MODEL + name]
     saved.clear()
+    counted = {name: state.pop(name) for name in list(state) if name.startswith(_GROUPS)}
+    for name, tensor in counted.items():
+        index, _, key = name.removeprefix(_GROUPS).partition("/")
+        count_in_group(optimizer, int(index), key, tensor)
     parameters = dict(model.named_parameters())
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()
     while state:
         full_name, tensor = state.popitem()
         name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition("/")
         parameter = parameters[name]
-        # Counters stay where torch keeps them, on the CPU; moments live beside their parameter. A copy, since
-        # what was read lies in memory that the device does not count.
-        home = parameter.device if tensor.dim() else tensor.device
-        optimizer.state[parameter][key] = tensor.to(home, copy=True)
+        home, dtype = state_home(parameter, groups.get(parameter, {}), key, tensor.dtype)
+        # A copy, since what was read lies in memory that the device does not count.
+        optimizer.state[parameter][key] = tensor.to(home, dtype, copy=True)
 
 
-def send_state(model: nn.Module, optimizer: torch.optim.Optimizer, word: T, *, source: int) -> T:
-    """Give every rank the state of rank `source`, over the default process group; returns that rank's word.
+def state_home(
+    parameter: Tensor, group: Mapping[str, Any], key: str, dtype: torch.dtype
+) -> tuple[torch.device, torch.dtype]:
+    """Where an optimizer's state of a parameter belongs, and as what type: as torch.optim.Optimizer decides it.
 
-    Tensors are sent many at once: what a message costs is the wait for the slowest rank, not its bytes.
+    group: of the parameter. key, dtype: of the state. Steps are counted on the CPU unless the update runs on the
+    device as a whole; all else lies beside its parameter.
+    """
+    if key == "step":
+        on_device = group.get("fused") or group.get("capturable")
+        return parameter.device if on_device else torch.device("cpu"), dtype
+    return parameter.device, parameter.dtype if dtype.is_floating_point and parameter.is_floating_point() else dtype
+
+
+def send_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, word: T, *, source: int, is_missing: bool = True
+) -> T:
+    """Give ranks the state of rank `source`, over the default process group; returns that rank's word.
+
+    is_missing: whether this rank lacks the state; one that has it takes part in the sending alone
+
+    Tensors are sent many at once: what a message costs is the wait for the slowest rank, not its bytes. They are put
+    in place once all have come, so that a rank whose source is lost meanwhile still has what it had; until then they
+    lie in host memory that no device counts.
     """
     sending = dist.get_rank() == source
     state = training_state(model, optimizer) if sending else {}
@@ -92,12 +121,10 @@ def send_state(model: nn.Module, optimizer: torch.optim.Optimizer, word: T, *, s
         else:
             flat = torch.empty(sum(sizes), dtype=torch.uint8, device=_home(model))
         dist.broadcast(flat, src=source)
-        if not sending:
-            parts = zip(piece, torch.split(flat, sizes), strict=True)
-            received |= {name: part.view(dtype).view(shape) for (name, shape, dtype), part in parts}
-    if not sending:
-        # Counters stay where torch keeps them, on the CPU.
-        received = {name: tensor if tensor.dim() else tensor.cpu() for name, tensor in received.items()}
+        if not sending and is_missing:
+            for (name, shape, dtype), part in zip(piece, torch.split(flat, sizes), strict=True):
+                received[name] = host_tensor(shape, dtype).copy_(part.view(dtype).view(shape))
+    if not sending and is_missing:
         load_training_state(model, optimizer, received)
     sent: T = message[0]
     return sent

@@ -63,7 +63,7 @@ def test_what_is_saved_is_found_whole_and_read_back(folder: Folder) -> None:
     for step in (1, 2):
         save(folder, step)
     found = newest_whole(folder)
-    assert (found.checkpoint.name, found.torn) == ("step-000000002", ())
+    assert (found.checkpoint.name, found.torn) == ("step-000000002", {})
     assert found.contents.progress == progress(2)
     assert found.contents.versions["torch"] == torch.__version__
     assert files_of(found.checkpoint) == sorted([*found.contents.files, "progress.json"])
@@ -115,7 +115,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     change(checkpoints(folder)[-1], file, damage)
     found = newest_whole(folder)
     assert found.checkpoint.name == "step-000000002"
-    assert [line.partition(":")[0] for line in found.torn] == ["step-000000003"]
+    assert list(found.torn) == ["step-000000003"]
     with pytest.raises(CheckpointError, match=fault):
         Checkpoint(folder, "step-000000003").verify()
 
@@ -150,6 +150,14 @@ def test_a_torn_one_takes_no_good_ones_place(folder: Folder) -> None:
     prune(folder, step=3, keep=2, keep_every_steps=None)
     assert [found.step for found in checkpoints(folder)] == [2, 3, 9]
     assert newest_whole(folder).checkpoint.step == 3
+
+
+def test_known_torn_ones_do_not_count_and_go_with_the_ones_before_them(folder: Folder) -> None:
+    for step in (1, 2, 3):
+        save(folder, step)
+    torn = ["step-000000002"]
+    prune(folder, step=3, keep=2, keep_every_steps=2, torn=torn)
+    assert [found.step for found in checkpoints(folder)] == [1, 3]
 
 
 def test_what_a_killed_writer_left_is_no_checkpoint_and_goes_away(tmp_path: Path) -> None:

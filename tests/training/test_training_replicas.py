@@ -95,9 +95,7 @@ def test_a_rank_out_of_memory_loses_no_step_and_no_sample(
     phase: str, passes: list[int], micro_batch: int | None, tmp_path: Path
 ) -> None:
     model = {"factory": "small_models:short_of_memory", "kwargs": {"rank": 1, "passes": passes, "phase": phase}}
-    configs = in_modes(
-        ["auto", "auto"], profile_first=True, model=model, steps=4, epochs=None, micro_batch=micro_batch
-    )
+    configs = in_modes(["auto", "auto"], profile_first=True, model=model, steps=4, epochs=None, micro_batch=micro_batch)
     outcome = run_replicas(configs, [(6, 6)], tmp_path)
     assert_no_failure(outcome)
     shortages = [event for event in outcome.of_kind(EventReport) if event.kind == "out-of-memory"]

@@ -58,9 +58,12 @@ def gated(tmp_path: Path) -> Iterator[type[GatedFileSystem]]:
 class Run:
     """A model that has taken a step, its saver, and the events that it told."""
 
-    def __init__(self, place: str | Path, *, wide: bool = False, **checkpoint: Any) -> None:
+    def __init__(
+        self, place: str | Path, *, wide: bool = False, optimizer: dict[str, Any] | None = None, **checkpoint: Any
+    ) -> None:
         model = {"factory": "small_models:classifier", "kwargs": {"wide": wide}}
-        self.config = run_config(model=model, checkpoint=checkpoint, planning={"profile_cache": True})
+        changes = {} if optimizer is None else {"optimizer": optimizer}
+        self.config = run_config(model=model, checkpoint=checkpoint, planning={"profile_cache": True}, **changes)
         self.parts: Parts = build_parts(self.config, torch.device("cpu"))
         self.optimizer = build_optimizer(self.config.optimizer, self.parts.trainable)
         self.events: list[tuple[str, str, dict[str, Any]]] = []
@@ -128,6 +131,45 @@ def test_a_write_that_never_ends_does_not_hold_up_the_others(
     gated.gate.set()
     run.saver.finish()
     assert [found.step for found in checkpoints(f"gated://{tmp_path}")] == [1]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_step_that_is_saved_is_not_written_again(resumed: bool, gated: type[GatedFileSystem], tmp_path: Path) -> None:
+    """A URL's checkpoint would be missing while the same is written in its place."""
+    run = Run(f"gated://{tmp_path}")
+    run.save(1)
+    run.saver.finish()
+    if resumed:
+        run = Run(f"gated://{tmp_path}")
+        assert run.saver._read(run.parts, run.optimizer) == 1
+    gated.broken = OSError(28, "No space left on device")
+    run.save(1)
+    run.saver.finish()
+    assert newest_whole(f"gated://{tmp_path}").checkpoint.step == 1
+
+
+def test_a_torn_checkpoint_that_was_passed_by_counts_no_more(tmp_path: Path) -> None:
+    run = Run(tmp_path, keep=2)
+    for step in (5, 10):
+        run.save(step)
+    run.saver.finish()
+    (tmp_path / "step-000000010" / ".metadata").unlink()
+    run = Run(tmp_path, keep=2)
+    assert run.saver._read(run.parts, run.optimizer) == 5
+    run.save(12)
+    run.saver.finish()
+    assert [found.step for found in checkpoints(tmp_path)] == [5, 12]
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    run.saver.finish()
+    other = Run(tmp_path, optimizer={"factory": "torch.optim:AdamW", "kwargs": {}})
+    with pytest.raises(
+        CheckpointError, match=r"of torch\.optim:SGD, and optimizer\.factory is torch\.optim:AdamW: set it"
+    ):
+        other.saver._read(other.parts, other.optimizer)
 
 
 def test_a_full_disk_is_an_event_and_the_end_of_the_run_raises_it(gated: type[GatedFileSystem], tmp_path: Path) -> None:
