@@ -182,16 +182,14 @@ def newest_whole(place: Place | Folder) -> Whole:
 def prune(folder: Folder, *, step: int, keep: int, keep_every_steps: int | None, torn: Collection[str] = ()) -> None:
     """Remove what the policy does not keep.
 
-    torn: names of checkpoints that are known not to be whole: they do not take the place of good ones
+    torn: names of checkpoints that are known not to be whole: they do not take the place of good ones, and stay
 
     Only checkpoints up to `step`, the one just written, count: a later one is torn, or this run would
     have gone on from there.
     """
-    there = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.step <= step]
-    kept = {checkpoint.name for checkpoint in [one for one in there if one.name not in torn][-keep:]}
-    for checkpoint in there:
-        due = keep_every_steps is not None and checkpoint.step % keep_every_steps == 0
-        if checkpoint.name not in kept and (checkpoint.name in torn or not due):
+    whole = [one for one in checkpoints(folder) if one.step <= step and one.name not in torn]
+    for checkpoint in whole[:-keep]:
+        if keep_every_steps is None or checkpoint.step % keep_every_steps:
             folder.remove(checkpoint.name)
 
 

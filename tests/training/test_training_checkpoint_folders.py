@@ -152,12 +152,11 @@ def test_a_torn_one_takes_no_good_ones_place(folder: Folder) -> None:
     assert newest_whole(folder).checkpoint.step == 3
 
 
-def test_known_torn_ones_do_not_count_and_go_with_the_ones_before_them(folder: Folder) -> None:
-    for step in (1, 2, 3):
+def test_those_known_to_be_torn_do_not_count_and_stay(folder: Folder) -> None:
+    for step in (1, 2, 3, 4):
         save(folder, step)
-    torn = ["step-000000002"]
-    prune(folder, step=3, keep=2, keep_every_steps=2, torn=torn)
-    assert [found.step for found in checkpoints(folder)] == [1, 3]
+    prune(folder, step=4, keep=2, keep_every_steps=None, torn=["step-000000003"])
+    assert [found.step for found in checkpoints(folder)] == [2, 3, 4]
 
 
 def test_what_a_killed_writer_left_is_no_checkpoint_and_goes_away(tmp_path: Path) -> None:
