@@ -23,6 +23,9 @@ from revdist.sizes import parse_bytes as parse_bytes
 Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), pydantic.Field(ge=0)]
 Factory = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
+_SGD = "torch.optim:SGD"
+_SGD_KWARGS = {"lr": 0.1, "momentum": 0.9}
+
 
 class Section(pydantic.BaseModel):
     """Base of every part of a configuration: frozen, and without room for unknown keys."""
@@ -38,13 +41,19 @@ class Called(Section):
 
 
 class OptimizerConfig(Called):
-    factory: Factory = "torch.optim:SGD"
-    kwargs: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    factory: Factory = _SGD
+    kwargs: dict[str, Any] = pydantic.Field({}, validate_default=True)
+    """Of SGD, a key that is not given is that of `_SGD_KWARGS`; other factories have defaults of their own."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Learning rate over the run, after `warmup_steps` of linear warm-up."""
     warmup_steps: int = pydantic.Field(0, ge=0)
     clip_norm: float | None = pydantic.Field(None, gt=0)
     """Largest gradient norm of the whole batch; none: not clipped."""
+
+    @pydantic.field_validator("kwargs")
+    @classmethod
+    def _complete(cls, kwargs: dict[str, Any], others: pydantic.ValidationInfo) -> dict[str, Any]:
+        return {**_SGD_KWARGS, **kwargs} if others.data.get("factory") == _SGD else kwargs
 
 
 class DeviceSpec(Section):

@@ -92,6 +92,28 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
     assert config.memory.margin == 2 * 2**20
     assert config.devices[0].capacity == 64 * 2**20  # type: ignore[union-attr]
     assert config.optimizer.kwargs["lr"] == 0.5
+    assert config.optimizer.kwargs["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kwargs"),
+    [
+        ({}, {"lr": 0.1, "momentum": 0.9}),
+        ({"kwargs": {"lr": 0.05}}, {"lr": 0.05, "momentum": 0.9}),
+        ({"kwargs": {"momentum": 0, "nesterov": False}}, {"lr": 0.1, "momentum": 0, "nesterov": False}),
+        ({"factory": "torch.optim:SGD", "kwargs": {"lr": 0.05}}, {"lr": 0.05, "momentum": 0.9}),
+        ({"factory": "torch.optim:AdamW"}, {}),
+        ({"factory": "torch.optim:RMSprop", "kwargs": {"alpha": 0.9}}, {"alpha": 0.9}),
+    ],
+)
+def test_kwargs_of_the_default_optimizer_are_filled_in_key_by_key(
+    tmp_path: Path, optimizer: dict[str, Any], kwargs: dict[str, Any]
+) -> None:
+    config = RunConfig.from_mapping(values(optimizer=optimizer, name="tiny"))
+    assert config.optimizer.kwargs == kwargs
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert RunConfig.from_yaml(path) == config
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from revdist.training.optimizer import (
 )
 
 OPTIMIZERS = [
-    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0}),
     ("SGD", {"lr": 0.1, "momentum": 0.9}),
     ("Adam", {}),
     ("AdamW", {"amsgrad": True}),
