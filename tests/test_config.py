@@ -95,6 +95,34 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
     assert config.optimizer.kwargs["momentum"] == 0.9
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "+.1e-2", "1.0e-3", "10e-4", "0.001"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path)
+    overridden = RunConfig.from_yaml(path, [f"optimizer.kwargs.lr={text}"])
+    assert overridden.optimizer.kwargs["lr"] == 0.001
+    path.write_text(path.read_text() + f"optimizer:\n  kwargs: {{lr: {text}}}\n")
+    assert RunConfig.from_yaml(path) == overridden
+
+
+@pytest.mark.parametrize("text", ["1e", "e3", "1e-", "e-3", "1e3MiB", "-e3", ".e3", "'1e-3'", '"2E5"', "1e-3.5"])
+def test_what_only_looks_like_a_number_stays_a_string(tmp_path: Path, text: str) -> None:
+    config = RunConfig.from_yaml(write(tmp_path), [f"model.kwargs.x={text}"])
+    assert config.model.kwargs["x"] == text.strip("'\"")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1e-3", "1E5", "-.5", "+1.e3", "1e", "e3", "089", "0x1f", "12", "1:30", "null", 1e-3, 1e22, -1e-300, 12, 0.1],
+)
+def test_strings_and_numbers_survive_being_written(tmp_path: Path, value: Any) -> None:
+    config = RunConfig.from_mapping(values(model={"factory": "a:b", "kwargs": {"x": value}}, name="tiny"))
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    read = RunConfig.from_yaml(path)
+    assert read == config
+    assert type(read.model.kwargs["x"]) is type(value)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "kwargs"),
     [
