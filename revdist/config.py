@@ -69,6 +69,9 @@ class DeviceSpec(Section):
     """CUDA: UUID (GPU-... or MIG-...) as `revdist devices` prints it. Empty: any free one."""
 
 
+Devices = Literal["auto"] | tuple[DeviceSpec, ...]
+
+
 class WorkersConfig(Section):
     """How many replicas a run may have."""
 
@@ -176,7 +179,7 @@ class RunConfig(Section):
     """What a loss that is not finite does: ends the run, or leaves the step out, at most ten times in a row."""
     precision: Literal["fp64", "fp32", "bf16"] = "fp32"
     """bf16: autocast over an fp32 stream."""
-    devices: Literal["auto"] | tuple[DeviceSpec, ...] = "auto"
+    devices: Devices = "auto"
     """auto: every free GPU of the cluster, else one CPU device per node."""
     workers: WorkersConfig = WorkersConfig()
     threads_per_worker: int = pydantic.Field(1, ge=1)
@@ -189,6 +192,17 @@ class RunConfig(Section):
     tensorboard: bool = True
     evaluate: bool = True
     """Whether the test data are scored at the end."""
+
+    @pydantic.field_validator("devices")
+    @classmethod
+    def _are_of_one_kind(cls, devices: Devices) -> Devices:
+        kinds = [] if devices == "auto" else [spec.kind for spec in devices]
+        if len(set(kinds)) > 1:
+            raise ValueError(
+                f"{kinds.count('cpu')} of kind cpu and {kinds.count('cuda')} of kind cuda cannot form one group, "
+                "since NCCL connects GPUs and gloo CPUs: list devices of one kind"
+            )
+        return devices
 
     @pydantic.model_validator(mode="after")
     def _has_a_length(self) -> Self:

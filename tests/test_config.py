@@ -51,6 +51,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"steps": None}, "either epochs or steps"),
         ({"model": {"factory": "no colon"}}, "model.factory: .*got 'no colon'"),
         ({"devices": "everything"}, "devices"),
+        (
+            {"devices": [{"kind": "cpu"}, {"kind": "cuda"}, {"kind": "cpu"}]},
+            "devices: 2 of kind cpu and 1 of kind cuda cannot form one group.*list devices of one kind",
+        ),
         ({"precision": "fp12"}, "precision"),
         ({"name": "../escape"}, "name"),
     ],
