@@ -80,6 +80,12 @@ class WorkersConfig(Section):
     max_restarts: int = pydantic.Field(3, ge=0)
     """Lost replicas that are replaced, and starts of all from the last checkpoint, over the whole run."""
 
+    @pydantic.model_validator(mode="after")
+    def _has_room(self) -> Self:
+        if self.max is not None and self.min > self.max:
+            raise ValueError(f"min is {self.min} and max {self.max}: lower min, or raise max")
+        return self
+
 
 class FaultsConfig(Section):
     """When a replica, or the Ray head, counts as lost."""
@@ -210,6 +216,21 @@ class RunConfig(Section):
             raise ValueError("give the length of the run once: either epochs or steps")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _can_have_its_workers(self) -> Self:
+        wanted = self.workers.min
+        if self.devices != "auto" and wanted > len(self.devices):
+            raise ValueError(
+                f"workers.min is {wanted} and {len(self.devices)} devices are listed: "
+                "lower workers.min, or list more devices"
+            )
+        if wanted > self.global_batch:
+            raise ValueError(
+                f"workers.min is {wanted} and global_batch {self.global_batch}, less than a sample for each: "
+                "lower workers.min, or raise global_batch"
+            )
+        return self
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, source: str = "configuration") -> Self:
         """Check and complete a nested mapping.
@@ -310,8 +331,9 @@ def _explain(errors: list[Any], root: type[pydantic.BaseModel]) -> str:
         elif error["type"] == "missing":
             lines.append(f"key {key!r} is missing")
         else:
-            where = f"{key}: " if key else ""
-            lines.append(f"{where}{error['msg'].removeprefix('Value error, ')} (got {error['input']!r})")
+            message = error["msg"].removeprefix("Value error, ")
+            # What is wrong between keys of the whole names their values itself.
+            lines.append(f"{key}: {message} (got {error['input']!r})" if key else message)
     return "; ".join(dict.fromkeys(lines))
 
 

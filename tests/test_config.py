@@ -47,13 +47,22 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ),
         ({"global_batch": 0}, "global_batch: .*greater than or equal to 1.*got 0"),
         ({"global_batch": "many"}, "global_batch: .*got 'many'"),
-        ({"epochs": 3}, "either epochs or steps"),
+        ({"epochs": 3}, "either epochs or steps$"),
         ({"steps": None}, "either epochs or steps"),
         ({"model": {"factory": "no colon"}}, "model.factory: .*got 'no colon'"),
         ({"devices": "everything"}, "devices"),
         (
             {"devices": [{"kind": "cpu"}, {"kind": "cuda"}, {"kind": "cpu"}]},
             "devices: 2 of kind cpu and 1 of kind cuda cannot form one group.*list devices of one kind",
+        ),
+        ({"workers": {"min": 4, "max": 2}}, "workers: min is 4 and max 2: lower min, or raise max"),
+        (
+            {"workers": {"min": 3}, "devices": [{"kind": "cpu"}] * 2},
+            "workers.min is 3 and 2 devices are listed: lower workers.min, or list more devices$",
+        ),
+        (
+            {"workers": {"min": 65}},
+            "workers.min is 65 and global_batch 64, .*: lower workers.min, or raise global_batch$",
         ),
         ({"precision": "fp12"}, "precision"),
         ({"name": "../escape"}, "name"),
