@@ -151,7 +151,20 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = pydantic.Field(None, ge=1)
     """Checkpoints at multiples of so many steps are never removed; none: only the newest stay."""
     location: str = ""
-    """Directory or fsspec URL, for this run alone; empty: `checkpoints/` in the run directory."""
+    """Directory or fsspec URL, for this run alone; empty: `checkpoints/` in the run directory.
+
+    A directory becomes an absolute path, so that it is the same for every process of the run and its resume.
+    """
+
+    @pydantic.field_validator("location")
+    @classmethod
+    def _from_anywhere(cls, location: str) -> str:
+        if not location or "://" in location:
+            return location
+        try:
+            return str(Path(location).expanduser().absolute())
+        except RuntimeError:
+            raise ValueError("there is no such home directory: give an absolute path") from None
 
 
 class CoTenantConfig(Section):

@@ -64,6 +64,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
             {"workers": {"min": 65}},
             "workers.min is 65 and global_batch 64, .*: lower workers.min, or raise global_batch$",
         ),
+        ({"checkpoint": {"location": "~no-such-user/x"}}, "checkpoint.location: .*no such home.*got '~no-such-user/x'"),
         ({"precision": "fp12"}, "precision"),
         ({"name": "../escape"}, "name"),
     ],
@@ -106,6 +107,31 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
     assert config.devices[0].capacity == 64 * 2**20  # type: ignore[union-attr]
     assert config.optimizer.kwargs["lr"] == 0.5
     assert config.optimizer.kwargs["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("location", "path"),
+    [
+        ("~/ckpt", "{home}/ckpt"),
+        ("ckpt", "{here}/ckpt"),
+        ("/ckpt", "/ckpt"),
+        ("s3://bucket/~/ckpt", "s3://bucket/~/ckpt"),
+        ("", ""),
+    ],
+)
+def test_a_folder_of_checkpoints_is_the_same_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, path: str
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(here)
+    config = RunConfig.from_mapping(values(checkpoint={"location": location}, name="tiny"))
+    assert config.checkpoint.location == path.format(home=tmp_path / "home", here=here)
+    (here / "config.yaml").write_text(config.to_yaml())
+    monkeypatch.chdir(elsewhere)
+    assert RunConfig.from_yaml(here / "config.yaml") == config
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "+.1e-2", "1.0e-3", "10e-4", "0.001"])
