@@ -13,8 +13,8 @@ from revdist.devices.device import MemoryMeter
 from revdist.errors import FactoryError
 from revdist.training.factories import call_factory
 
-_NO_REHEARSAL = (RuntimeError, NotImplementedError, TypeError, ValueError)
-"""What an optimizer raises that needs more than gradients to step."""
+_NO_REHEARSAL = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError)
+"""What an optimizer raises that needs more than gradients to step, or another device (`capturable` asserts it)."""
 _PIECE = 2**16
 """Elements of a parameter that stand for all of it."""
 
