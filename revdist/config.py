@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from revdist.sizes import parse_bytes as parse_bytes
 
 Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), pydantic.Field(ge=0)]
 Factory = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+
+_SGD = "torch.optim:SGD"
+_SGD_KWARGS = {"lr": 0.1, "momentum": 0.9}
 
 
 class Section(pydantic.BaseModel):
@@ -38,13 +42,19 @@ class Called(Section):
 
 
 class OptimizerConfig(Called):
-    factory: Factory = "torch.optim:SGD"
-    kwargs: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    factory: Factory = _SGD
+    kwargs: dict[str, Any] = pydantic.Field({}, validate_default=True)
+    """Of SGD, a key that is not given is that of `_SGD_KWARGS`; other factories have defaults of their own."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Learning rate over the run, after `warmup_steps` of linear warm-up."""
     warmup_steps: int = pydantic.Field(0, ge=0)
     clip_norm: float | None = pydantic.Field(None, gt=0)
     """Largest gradient norm of the whole batch; none: not clipped."""
+
+    @pydantic.field_validator("kwargs")
+    @classmethod
+    def _complete(cls, kwargs: dict[str, Any], others: pydantic.ValidationInfo) -> dict[str, Any]:
+        return {**_SGD_KWARGS, **kwargs} if others.data.get("factory") == _SGD else kwargs
 
 
 class DeviceSpec(Section):
@@ -59,6 +69,9 @@ class DeviceSpec(Section):
     """CUDA: UUID (GPU-... or MIG-...) as `revdist devices` prints it. Empty: any free one."""
 
 
+Devices = Literal["auto"] | tuple[DeviceSpec, ...]
+
+
 class WorkersConfig(Section):
     """How many replicas a run may have."""
 
@@ -66,6 +79,12 @@ class WorkersConfig(Section):
     max: int | None = pydantic.Field(None, ge=1)
     max_restarts: int = pydantic.Field(3, ge=0)
     """Lost replicas that are replaced, and starts of all from the last checkpoint, over the whole run."""
+
+    @pydantic.model_validator(mode="after")
+    def _has_room(self) -> Self:
+        if self.max is not None and self.min > self.max:
+            raise ValueError(f"min is {self.min} and max {self.max}: lower min, or raise max")
+        return self
 
 
 class FaultsConfig(Section):
@@ -132,7 +151,20 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = pydantic.Field(None, ge=1)
     """Checkpoints at multiples of so many steps are never removed; none: only the newest stay."""
     location: str = ""
-    """Directory or fsspec URL, for this run alone; empty: `checkpoints/` in the run directory."""
+    """Directory or fsspec URL, for this run alone; empty: `checkpoints/` in the run directory.
+
+    A directory becomes an absolute path, so that it is the same for every process of the run and its resume.
+    """
+
+    @pydantic.field_validator("location")
+    @classmethod
+    def _from_anywhere(cls, location: str) -> str:
+        if not location or "://" in location:
+            return location
+        try:
+            return str(Path(location).expanduser().absolute())
+        except RuntimeError:
+            raise ValueError("there is no such home directory: give an absolute path") from None
 
 
 class CoTenantConfig(Section):
@@ -166,7 +198,7 @@ class RunConfig(Section):
     """What a loss that is not finite does: ends the run, or leaves the step out, at most ten times in a row."""
     precision: Literal["fp64", "fp32", "bf16"] = "fp32"
     """bf16: autocast over an fp32 stream."""
-    devices: Literal["auto"] | tuple[DeviceSpec, ...] = "auto"
+    devices: Devices = "auto"
     """auto: every free GPU of the cluster, else one CPU device per node."""
     workers: WorkersConfig = WorkersConfig()
     threads_per_worker: int = pydantic.Field(1, ge=1)
@@ -180,10 +212,36 @@ class RunConfig(Section):
     evaluate: bool = True
     """Whether the test data are scored at the end."""
 
+    @pydantic.field_validator("devices")
+    @classmethod
+    def _are_of_one_kind(cls, devices: Devices) -> Devices:
+        kinds = [] if devices == "auto" else [spec.kind for spec in devices]
+        if len(set(kinds)) > 1:
+            raise ValueError(
+                f"{kinds.count('cpu')} of kind cpu and {kinds.count('cuda')} of kind cuda cannot form one group, "
+                "since NCCL connects GPUs and gloo CPUs: list devices of one kind"
+            )
+        return devices
+
     @pydantic.model_validator(mode="after")
     def _has_a_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give the length of the run once: either epochs or steps")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _can_have_its_workers(self) -> Self:
+        wanted = self.workers.min
+        if self.devices != "auto" and wanted > len(self.devices):
+            raise ValueError(
+                f"workers.min is {wanted} and {len(self.devices)} devices are listed: "
+                "lower workers.min, or list more devices"
+            )
+        if wanted > self.global_batch:
+            raise ValueError(
+                f"workers.min is {wanted} and global_batch {self.global_batch}, less than a sample for each: "
+                "lower workers.min, or raise global_batch"
+            )
         return self
 
     @classmethod
@@ -202,7 +260,7 @@ class RunConfig(Section):
         """Read a YAML file, then apply `key.sub=value` overrides, values being YAML."""
         path = Path(path)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = _read_yaml(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"no configuration file {path}: check the path, or start from one in configs/") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -218,7 +276,27 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration; `from_yaml` reads it back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, in which `1e-3` is a number as in YAML 1.2."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would take for numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+|\.[0-9]+)$"),
+        list("-+.0123456789"),
+    )
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -226,7 +304,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"override {override!r} must read key=value, for example global_batch=64")
     try:
-        value = yaml.safe_load(text)
+        value = _read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     *parents, last = key.split(".")
@@ -266,8 +344,9 @@ def _explain(errors: list[Any], root: type[pydantic.BaseModel]) -> str:
         elif error["type"] == "missing":
             lines.append(f"key {key!r} is missing")
         else:
-            where = f"{key}: " if key else ""
-            lines.append(f"{where}{error['msg'].removeprefix('Value error, ')} (got {error['input']!r})")
+            message = error["msg"].removeprefix("Value error, ")
+            # What is wrong between keys of the whole names their values itself.
+            lines.append(f"{key}: {message} (got {error['input']!r})" if key else message)
     return "; ".join(dict.fromkeys(lines))
 
 

@@ -47,10 +47,24 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ),
         ({"global_batch": 0}, "global_batch: .*greater than or equal to 1.*got 0"),
         ({"global_batch": "many"}, "global_batch: .*got 'many'"),
-        ({"epochs": 3}, "either epochs or steps"),
+        ({"epochs": 3}, "either epochs or steps$"),
         ({"steps": None}, "either epochs or steps"),
         ({"model": {"factory": "no colon"}}, "model.factory: .*got 'no colon'"),
         ({"devices": "everything"}, "devices"),
+        (
+            {"devices": [{"kind": "cpu"}, {"kind": "cuda"}, {"kind": "cpu"}]},
+            "devices: 2 of kind cpu and 1 of kind cuda cannot form one group.*list devices of one kind",
+        ),
+        ({"workers": {"min": 4, "max": 2}}, "workers: min is 4 and max 2: lower min, or raise max"),
+        (
+            {"workers": {"min": 3}, "devices": [{"kind": "cpu"}] * 2},
+            "workers.min is 3 and 2 devices are listed: lower workers.min, or list more devices$",
+        ),
+        (
+            {"workers": {"min": 65}},
+            "workers.min is 65 and global_batch 64, .*: lower workers.min, or raise global_batch$",
+        ),
+        ({"checkpoint": {"location": "~no-such-user/x"}}, "checkpoint.location: .*no such home.*got '~no-such-user/x'"),
         ({"precision": "fp12"}, "precision"),
         ({"name": "../escape"}, "name"),
     ],
@@ -92,6 +106,81 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
     assert config.memory.margin == 2 * 2**20
     assert config.devices[0].capacity == 64 * 2**20  # type: ignore[union-attr]
     assert config.optimizer.kwargs["lr"] == 0.5
+    assert config.optimizer.kwargs["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("location", "path"),
+    [
+        ("~/ckpt", "{home}/ckpt"),
+        ("ckpt", "{here}/ckpt"),
+        ("/ckpt", "/ckpt"),
+        ("s3://bucket/~/ckpt", "s3://bucket/~/ckpt"),
+        ("", ""),
+    ],
+)
+def test_a_folder_of_checkpoints_is_the_same_from_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, path: str
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(here)
+    config = RunConfig.from_mapping(values(checkpoint={"location": location}, name="tiny"))
+    assert config.checkpoint.location == path.format(home=tmp_path / "home", here=here)
+    (here / "config.yaml").write_text(config.to_yaml())
+    monkeypatch.chdir(elsewhere)
+    assert RunConfig.from_yaml(here / "config.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", "+.1e-2", "1.0e-3", "10e-4", "0.001"])
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path)
+    overridden = RunConfig.from_yaml(path, [f"optimizer.kwargs.lr={text}"])
+    assert overridden.optimizer.kwargs["lr"] == 0.001
+    path.write_text(path.read_text() + f"optimizer:\n  kwargs: {{lr: {text}}}\n")
+    assert RunConfig.from_yaml(path) == overridden
+
+
+@pytest.mark.parametrize("text", ["1e", "e3", "1e-", "e-3", "1e3MiB", "-e3", ".e3", "'1e-3'", '"2E5"', "1e-3.5"])
+def test_what_only_looks_like_a_number_stays_a_string(tmp_path: Path, text: str) -> None:
+    config = RunConfig.from_yaml(write(tmp_path), [f"model.kwargs.x={text}"])
+    assert config.model.kwargs["x"] == text.strip("'\"")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1e-3", "1E5", "-.5", "+1.e3", "1e", "e3", "089", "0x1f", "12", "1:30", "null", 1e-3, 1e22, -1e-300, 12, 0.1],
+)
+def test_strings_and_numbers_survive_being_written(tmp_path: Path, value: Any) -> None:
+    config = RunConfig.from_mapping(values(model={"factory": "a:b", "kwargs": {"x": value}}, name="tiny"))
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    read = RunConfig.from_yaml(path)
+    assert read == config
+    assert type(read.model.kwargs["x"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kwargs"),
+    [
+        ({}, {"lr": 0.1, "momentum": 0.9}),
+        ({"kwargs": {"lr": 0.05}}, {"lr": 0.05, "momentum": 0.9}),
+        ({"kwargs": {"momentum": 0, "nesterov": False}}, {"lr": 0.1, "momentum": 0, "nesterov": False}),
+        ({"factory": "torch.optim:SGD", "kwargs": {"lr": 0.05}}, {"lr": 0.05, "momentum": 0.9}),
+        ({"factory": "torch.optim:AdamW"}, {}),
+        ({"factory": "torch.optim:RMSprop", "kwargs": {"alpha": 0.9}}, {"alpha": 0.9}),
+    ],
+)
+def test_kwargs_of_the_default_optimizer_are_filled_in_key_by_key(
+    tmp_path: Path, optimizer: dict[str, Any], kwargs: dict[str, Any]
+) -> None:
+    config = RunConfig.from_mapping(values(optimizer=optimizer, name="tiny"))
+    assert config.optimizer.kwargs == kwargs
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert RunConfig.from_yaml(path) == config
 
 
 @pytest.mark.parametrize(

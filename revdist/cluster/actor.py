@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
@@ -23,11 +23,11 @@ from revdist.cluster.processes import Process, own_process
 from revdist.cluster.run_record import RUN_DIR, RUN_ID
 from revdist.config import CoTenantConfig
 from revdist.devices import list_devices, open_device
-from revdist.devices.cpu import CpuDevice
+from revdist.devices.cpu import DEFAULT_NAME, CpuDevice
 from revdist.devices.device import Device
 from revdist.devices.host import host_memory
 from revdist.devices.reading import Reading
-from revdist.errors import NoFreeDevice
+from revdist.errors import NoFreeDevice, UsageError
 from revdist.training.network import listen
 
 if TYPE_CHECKING:
@@ -256,11 +256,17 @@ class ReplicaActor:
         if not isinstance(device, CpuDevice):
             return device
         number = 0
-        while not device.reserve() and self._place.any_device:
+        while not device.reserve():
+            if not self._place.any_device:
+                return device
             number += 1
             # A host's memory is one: a further device of it counts on half of what is free now.
             known = any(one.name == f"cpu-{number}" for one in list_devices())
             device = CpuDevice.open(f"cpu-{number}", capacity_bytes=None if known else host_memory()[1] // 2)
+        if spec.capacity is None and (self._place.any_device or device.name == DEFAULT_NAME):
+            # It may be there from a run before, with less. Where another process uses it, it stays as it is.
+            with suppress(UsageError):
+                device.resize(host_memory()[1] // (2 if number else 1))
         return device
 
     def _uuid(self) -> str:

@@ -336,10 +336,7 @@ class Trainer:
 
     def _checkpoint_folder(self, run_dir: Path) -> str:
         """Where the run's checkpoints lie: the absolute path of a folder, or a URL."""
-        location = self.config.checkpoint.location
-        if "://" in location:
-            return location
-        return str(Path(location).absolute() if location else run_dir / "checkpoints")
+        return self.config.checkpoint.location or str(run_dir / "checkpoints")
 
     def _refuse_anothers_checkpoints(self, run_dir: Path) -> None:
         """Raise ConfigError where another run's checkpoints lie, which would count among this one's."""

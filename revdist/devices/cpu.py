@@ -50,7 +50,8 @@ class CpuDevice(Device):
     ) -> CpuDevice:
         """The device of that name, created if a capacity is given.
 
-        `cpu-0`, which no name means too, needs no capacity: it is created with what the host has free.
+        `cpu-0`, which no name means too, needs no capacity: it is created with what the host has free. One that
+        exists is taken as it is.
         Raises DeviceNotFound for another name that does not exist without a capacity, UsageError if it is in use with
         another capacity.
         """
@@ -100,6 +101,10 @@ class CpuDevice(Device):
                 return False
             self._reserved = file
         return True
+
+    def resize(self, capacity_bytes: int) -> None:
+        """Give the device another capacity. Raises UsageError while another process uses it."""
+        self._ledger.resize(capacity_bytes)
 
     def meter(self) -> MemoryMeter:
         """Exact where the native allocator works, else the process's resident memory.

@@ -11,6 +11,8 @@ from pathlib import Path
 
 PID_BITS = 22
 """Linux never hands out a pid of 2**22 or more."""
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def host_name() -> str:
@@ -27,42 +29,48 @@ def machine_uuid(*parts: str) -> str:
 
 
 def host_memory() -> tuple[int, int]:
-    """`(total_bytes, free_bytes)` for processes here: the machine's, or their control group's if that is less."""
+    """`(total_bytes, free_bytes)` for processes here: the machine's, or their control group's if that is less.
+
+    Files that the kernel caches count as free.
+    """
     fields = {}
     with open("/proc/meminfo", encoding="ascii") as lines:
         for line in lines:
             key, _, value = line.partition(":")
             fields[key] = int(value.split()[0]) * 1024
     total, free = fields["MemTotal"], fields["MemAvailable"]
-    for limit_bytes, used_file in _memory_limits(total):
-        used_bytes = _read_number(used_file) or 0
+    for limit_bytes, used_file, prefix in _memory_limits(total):
+        used_bytes = max(0, (_read_number(used_file) or 0) - _cached_bytes(used_file.with_name("memory.stat"), prefix))
         total, free = min(total, limit_bytes), min(free, max(0, limit_bytes - used_bytes))
     return total, free
 
 
 @functools.lru_cache(maxsize=1)
-def _memory_limits(total_bytes: int) -> tuple[tuple[int, Path], ...]:
-    """Of every control group above this process that limits memory: the limit, and the file of what is used."""
+def _memory_limits(total_bytes: int) -> tuple[tuple[int, Path, str], ...]:
+    """Of every control group above this process that limits memory: the limit, the file of what is used, the prefix."""
     limits = []
-    for folder, limit_name, used_name in _control_groups():
+    for folder, limit_name, used_name, prefix in _control_groups():
         limit_bytes = _read_number(folder / limit_name)
         if limit_bytes is not None and limit_bytes < total_bytes:
-            limits.append((limit_bytes, folder / used_name))
+            limits.append((limit_bytes, folder / used_name, prefix))
     return tuple(limits)
 
 
-def _control_groups() -> Iterator[tuple[Path, str, str]]:
-    """Folder and file names of every control group above this process that counts memory."""
+def _control_groups() -> Iterator[tuple[Path, str, str, str]]:
+    """Every control group above this process that counts memory.
+
+    Its folder, the names of two files in it, and the prefix in memory.stat of what counts its children too.
+    """
     try:
-        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        groups = _OWN_GROUPS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for group in groups:
         _, controllers, path = group.split(":", 2)
         if controllers == "":
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+            root, names = _GROUPS, ("memory.max", "memory.current", "")
         elif controllers == "memory":
-            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            root, names = _GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
         else:
             continue
         inside = (root / path.lstrip("/")).resolve()
@@ -70,6 +78,16 @@ def _control_groups() -> Iterator[tuple[Path, str, str]]:
             if folder.is_relative_to(root):
                 # In a container the path is the host's, and only the root is there to see.
                 yield folder, *names
+
+
+def _cached_bytes(statistics: Path, prefix: str) -> int:
+    """Bytes of cached files, which a group gives up before it runs short; 0 where it does not tell."""
+    keys = (f"{prefix}inactive_file", f"{prefix}active_file")
+    try:
+        counts = [line.split() for line in statistics.read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return 0
+    return sum(int(number) for key, number in counts if key in keys)
 
 
 def _read_number(path: Path) -> int | None:

@@ -135,15 +135,13 @@ class Ledger:
 
         Raises UsageError if other processes use it with another capacity.
         """
-        if capacity_bytes <= 0:
-            raise UsageError(f"capacity {capacity_bytes} of device {path.stem!r} must be positive")
+        _check_capacity(path, capacity_bytes)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.parent):
             if not path.exists():
                 _write_new(path, capacity_bytes)
             ledger = cls(path)
-            if ledger.capacity_bytes != capacity_bytes:
-                ledger._resize(capacity_bytes)
+            ledger._resize(capacity_bytes)
         return ledger
 
     @property
@@ -204,6 +202,12 @@ class Ledger:
         slot.unenforced = 1
         slot.current_bytes = num_bytes
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Gives the device another capacity. Raises UsageError if other processes use it."""
+        _check_capacity(self.path, capacity_bytes)
+        with _locked(self.path.parent):
+            self._resize(capacity_bytes)
+
     def remove(self) -> None:
         """Deletes the file.
 
@@ -246,12 +250,19 @@ class Ledger:
         self._file.num_used_slots = 0
 
     def _resize(self, capacity_bytes: int) -> None:
+        if capacity_bytes == self.capacity_bytes:
+            return
         if users := self._users():
             raise UsageError(
                 f"device {self.name} has {format_bytes(self.capacity_bytes)}, not {format_bytes(capacity_bytes)}, "
                 f"and is in use by {users}: end them, or choose another device name"
             )
         self._file.capacity_bytes = capacity_bytes
+
+
+def _check_capacity(path: Path, capacity_bytes: int) -> None:
+    if capacity_bytes <= 0:
+        raise UsageError(f"capacity {capacity_bytes} of device {path.stem!r} must be positive")
 
 
 def _write_new(path: Path, capacity_bytes: int) -> None:

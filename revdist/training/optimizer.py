@@ -15,8 +15,8 @@ from revdist.devices.device import MemoryMeter
 from revdist.errors import CheckpointError, FactoryError
 from revdist.training.factories import call_factory
 
-_NO_REHEARSAL = (RuntimeError, NotImplementedError, TypeError, ValueError)
-"""What an optimizer raises that needs more than gradients to step."""
+_NO_REHEARSAL = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError)
+"""What an optimizer raises that needs more than gradients to step, or another device (`capturable` asserts it)."""
 _WIDE = {bool: torch.bool, int: torch.int64, float: torch.float64}
 _NOT_COUNTED = ("params", "lr", "initial_lr")
 """Entries of parameter groups that come from the model, the configuration and the step."""

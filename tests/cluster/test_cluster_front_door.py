@@ -38,10 +38,11 @@ def test_a_location_that_nothing_opens_is_refused_before_anything_starts(tmp_pat
             trainer.fit()
 
 
-def test_a_location_with_another_runs_checkpoints_is_refused(tmp_path: Path) -> None:
+def test_a_location_with_another_runs_checkpoints_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     (tmp_path / "step-000000007").mkdir()
     (tmp_path / "step-000000007" / "progress.json").write_text("{}")
-    for location in (str(tmp_path), f"file://{tmp_path}", f"local://{tmp_path}"):
+    for location in (str(tmp_path), f"~/{tmp_path.name}", f"file://{tmp_path}", f"local://{tmp_path}"):
         trainer = revdist.Trainer(settings(checkpoint={"location": location}), run_dir=tmp_path / "run")
         with pytest.raises(ConfigError, match="already holds step-000000007 of another run"):
             trainer.fit()

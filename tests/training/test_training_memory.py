@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("devices_folder")
 
 KIB = 2**10
 OPTIMIZERS = [
-    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
     ("Adam", {"weight_decay": 0.1}),
     ("AdamW", {"amsgrad": True}),
@@ -104,7 +104,11 @@ def test_gradients_and_buckets_are_there_before_the_first_step(as_view, meter):
 
 WHOLE = {
     "activations dominate": ({"depth": 6, "norm": True}, {"size": 24}, {}),
-    "plain SGD that accumulates": ({"depth": 6, "norm": True}, {"size": 24}, {"kwargs": {"lr": 0.01}}),
+    "plain SGD that accumulates": (
+        {"depth": 6, "norm": True},
+        {"size": 24},
+        {"kwargs": {"lr": 0.01, "momentum": 0}},
+    ),
     "parameters dominate": ({"depth": 2, "wide": True}, {"size": 6}, {"factory": "torch.optim:AdamW", "kwargs": {}}),
 }
 

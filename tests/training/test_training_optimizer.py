@@ -18,7 +18,7 @@ from revdist.training.optimizer import (
 )
 
 OPTIMIZERS = [
-    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0}),
     ("SGD", {"lr": 0.1, "momentum": 0.9}),
     ("Adam", {}),
     ("AdamW", {"amsgrad": True}),
@@ -42,8 +42,18 @@ def test_state_is_counted_before_it_exists(name: str, kwargs: dict[str, Any]) ->
     assert counted == state_bytes(optimizer)
 
 
-def test_an_optimizer_that_cannot_rehearse_is_taken_to_keep_two_tensors_a_parameter() -> None:
-    config = OptimizerConfig(factory="torch.optim:LBFGS", kwargs={})  # its step needs a closure
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("LBFGS", {}),  # its step needs a closure
+        ("Adam", {"capturable": True}),  # asserts that parameters are on a GPU
+        ("RMSprop", {"capturable": True}),
+    ],
+)
+def test_an_optimizer_that_cannot_rehearse_is_taken_to_keep_two_tensors_a_parameter(
+    name: str, kwargs: dict[str, Any]
+) -> None:
+    config = OptimizerConfig(factory=f"torch.optim:{name}", kwargs=kwargs)
     assert coming_state_bytes(config, [torch.nn.Parameter(torch.zeros(10))]) == 80
 
 
