@@ -23,7 +23,6 @@ from revdist.errors import DeviceError, DeviceLost, RevdistError, RunFailed, Usa
 from revdist.planning.accuracy import largest_error
 from revdist.planning.costs import Mode, Profile
 from revdist.planning.replay import uniform
-from revdist.training.checkpoint_files import checkpoints
 from revdist.training.evaluation import evaluate
 from revdist.training.group import Group, announce, is_broken
 from revdist.training.late_profile import LateProfile
@@ -344,17 +343,9 @@ class Replica:
         may_write, trained = self._inbox.may_write, self._trained
         if may_write is not None and trained is not None:
             with may_write() as mine:
-                self._saver.wait()
-                if mine and not any(one.step >= loop.step for one in checkpoints(self._assignment.checkpoints)):
-                    self._saver.save(
-                        trained.parts,
-                        trained.optimizer,
-                        step=loop.step,
-                        rank=0,
-                        shares=loop.shares,
-                        plans=(loop.plan,),
-                    )
-                    self._saver.finish()
+                if mine:
+                    parts, optimizer = trained.parts, trained.optimizer
+                    self._saver.save_alone(parts, optimizer, step=loop.step, shares=loop.shares, plans=(loop.plan,))
 
     def _leave(self, trained: Trained) -> None:
         """Leave the group together: rank 0 hosts the store that the others still talk to.

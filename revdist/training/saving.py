@@ -129,6 +129,15 @@ class Saver:
         )
         self._writing.start()
 
+    def save_alone(
+        self, parts: Parts, optimizer: torch.optim.Optimizer, *, step: int, shares: Shares, plans: Sequence[Plan]
+    ) -> None:
+        """Save unless somebody has saved as much, and wait until it is written. Raises CheckpointError."""
+        self.wait()
+        if all(one.step < step for one in checkpoint_files.checkpoints(self._place)):
+            self.save(parts, optimizer, step=step, rank=0, shares=shares, plans=plans)
+            self.finish()
+
     def resume(self, parts: Parts, optimizer: torch.optim.Optimizer, *, rank: int) -> int:
         """Take up the newest whole checkpoint and return its step: rank 0 reads it and sends it to the others.
 
