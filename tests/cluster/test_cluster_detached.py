@@ -17,14 +17,37 @@ import pytest
 from runs import settings
 
 import revdist
+from revdist.cluster.detached import DetachedRun
 from revdist.cluster.processes import started_with, writing_below
 from revdist.cluster.run_record import RUN_ID, RunRecord, read_record
+from revdist.cluster.stopping import stop_run
 from revdist.devices import list_devices
 from revdist.training.checkpoint_files import checkpoints
 from revdist.training.run_directory import RunReader
 
 ROOT = Path(revdist.__file__).parent.parent
 PATHS = [str(ROOT / "tests" / "training"), str(ROOT)]
+
+DRIVER = """#!{python}
+import sys, time
+from pathlib import Path
+from revdist.cluster.claim import RunClaim
+run_dir = Path({run_dir!r})
+with RunClaim(run_dir, name="fake", log_dir=run_dir / "logs") as claim:
+    (run_dir / "config.yaml").touch()
+    time.sleep(0.3)
+    claim.update(state="running")
+    time.sleep(300)
+"""
+"""Holds the claim of a run, as a driver does, and trains nothing."""
+
+
+def instead_of_python(path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a script be what is run as Python, whatever its arguments."""
+    path.write_text(script)
+    path.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(PATHS))
+    monkeypatch.setattr(sys, "executable", str(path))
 
 
 def revdist_command(*arguments: str | Path) -> list[str]:
@@ -86,6 +109,27 @@ def test_a_mistake_is_told_at_once_in_five_lines_and_in_the_log(config: Path, ru
         assert says in done.stderr
         assert len(done.stderr.splitlines()) <= 5
         assert not run_dir.exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_run_whose_driver_was_killed_is_under_way_once_the_next_driver_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    instead_of_python(tmp_path / "driver", DRIVER.format(python=sys.executable, run_dir=str(folder)), monkeypatch)
+    first = DetachedRun([], folder, folder / "logs", cores=None)
+    killed = first.wait_until_under_way()
+    assert killed.process.send(signal.SIGKILL)
+    first._process.wait(timeout=10)
+    second = DetachedRun(["--resume"], folder, folder / "logs", cores=None)
+    try:
+        record = second.wait_until_under_way()
+        assert (record.process.pid, record.state) == (second._process.pid, "running")
+        assert record.run_id == killed.run_id, "its replicas are found by it"
+        assert stop_run(folder, now=True, timeout_s=10).num_killed == 1
+    finally:
+        second._process.kill()
+        assert second._process.wait(timeout=10) == -signal.SIGKILL
 
 
 @pytest.mark.slow
