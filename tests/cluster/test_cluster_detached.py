@@ -17,6 +17,7 @@ import pytest
 from runs import settings
 
 import revdist
+from revdist.cluster import watchman
 from revdist.cluster.detached import DetachedRun
 from revdist.cluster.processes import started_with, writing_below
 from revdist.cluster.run_record import RUN_ID, RunRecord, read_record
@@ -130,6 +131,35 @@ def test_a_run_whose_driver_was_killed_is_under_way_once_the_next_driver_says_so
     finally:
         second._process.kill()
         assert second._process.wait(timeout=10) == -signal.SIGKILL
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Those of the signals that a watchman passes on, as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("end", "starts", "code"),
+    [
+        ("kill -KILL $$", 6, 128 + signal.SIGKILL),
+        ("exit 3", 1, 3),
+        ("kill -TERM $$", 1, 128 + signal.SIGTERM),  # the second one that it got: the first lets it save
+        ("(sleep 0.1; kill -TERM $PPID) & kill -KILL $$", 1, 128 + signal.SIGKILL),
+    ],
+)
+def test_a_driver_is_started_anew_where_it_was_killed_and_nobody_wants_the_run_to_end(
+    end: str, starts: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    instead_of_python(tmp_path / "driver", f"#!/bin/sh\necho >> {tmp_path}/starts\n{end}\n", monkeypatch)
+    monkeypatch.setattr(watchman, "_PAUSE_S", 0.5 if "PPID" in end else 0.01)
+    assert watchman.main(["-", str(tmp_path), "launch"]) == code
+    assert len((tmp_path / "starts").read_text().splitlines()) == starts
 
 
 @pytest.mark.slow
