@@ -38,6 +38,8 @@ ORPHAN_S = "REVDIST_ORPHAN_S"
 """Variable: seconds for which replicas of a detached run train on without a supervisor before they save and leave."""
 _ORPHAN_S = 60.0
 
+_GREETINGS = 8
+"""In the time for which actors wait for a supervisor."""
 _DEATH_S = 5.0
 """Longest wait for killed actors to be gone."""
 
@@ -128,6 +130,7 @@ class Fleet:
         self._hearts: dict[int, _Heart] = {}
         self._next = 0
         self._looked_s = time.monotonic()
+        self._greeted_s = time.monotonic()
         self._heartbeat_s = 0.0
         self._errands = Errands()
         for place in places:
@@ -178,6 +181,7 @@ class Fleet:
         for call in calls:
             while not ray.wait([call], timeout=_LOOK_S)[0]:
                 look()
+                self._greet()
         return [self.get(call) for call in calls]
 
     def locate_soon(self, addresses: Mapping[int, str], *, timeout_s: float) -> dict[int, Location]:
@@ -313,6 +317,14 @@ class Fleet:
     def _ask(self, member: int) -> None:
         if member in self._known:
             self._waiting[self._known[member].actor.reports.remote(self._last[member], _POLL_S)] = member
+
+    def _greet(self) -> None:
+        """Let actors that outlive this process know now and then that it is there, also those asked for nothing."""
+        now_s = time.monotonic()
+        if self._run_id is not None and now_s - self._greeted_s > orphan_s() / _GREETINGS:
+            self._greeted_s = now_s
+            for one in self._known.values():
+                one.actor.answer.remote()
 
     def _hear(self, member: int) -> None:
         if member in self._hearts:
