@@ -127,6 +127,7 @@ class Fleet:
         self._known: dict[int, Known] = {}
         self._last: dict[int, int] = {}
         self._waiting: dict[Any, int] = {}
+        self._dismissed: set[int] = set()
         self._hearts: dict[int, _Heart] = {}
         self._next = 0
         self._looked_s = time.monotonic()
@@ -207,6 +208,7 @@ class Fleet:
 
     def reports(self, timeout_s: float) -> Iterator[tuple[int, list[Report] | Lost]]:
         """What members have to say, as soon as one has something; nothing where the time passes first."""
+        self._greet()
         if not self._waiting:
             time.sleep(timeout_s)
             return
@@ -242,6 +244,7 @@ class Fleet:
 
     def dismiss(self, member: int) -> None:
         """Ask a member for nothing more: it has said its last word."""
+        self._dismissed.add(member)
         self._waiting = {call: other for call, other in self._waiting.items() if other != member}
 
     def adopt(self, shares: Shares, members: Sequence[int]) -> None:
@@ -315,7 +318,7 @@ class Fleet:
         return bool(ray.wait([call], timeout=0)[0])
 
     def _ask(self, member: int) -> None:
-        if member in self._known:
+        if member in self._known and member not in self._dismissed:
             self._waiting[self._known[member].actor.reports.remote(self._last[member], _POLL_S)] = member
 
     def _greet(self) -> None:

@@ -8,12 +8,13 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 import revdist
-from revdist.cluster.fleet import Fleet, hosts
+from revdist.cluster.fleet import ORPHAN_S, Fleet, Known, hosts
 from revdist.cluster.placement import Place
 from revdist.cluster.takeover import end, find
 from revdist.config import DeviceSpec
@@ -44,6 +45,46 @@ def test_one_that_nobody_starts_leaves_once_nobody_asks_for_it(tmp_path: Path) -
     assert (done.returncode, done.stdout) == (0, b"was there\n")
 
 
+@ray.remote
+class Ended:
+    """Answers as an actor whose replica has come to its end: at once, whatever it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def reports(self, after: int, timeout_s: float) -> tuple[int, list[Any]]:
+        self.calls.append("reports")
+        return after + 1, ["its last word"]
+
+    def answer(self) -> None:
+        self.calls.append("answer")
+
+    def called(self) -> list[str]:
+        return self.calls
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("running_ray")
+def test_one_that_has_ended_is_asked_for_nothing_more_and_waits_as_long_as_somebody_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(ORPHAN_S, "2")
+    actor: Any = Ended.options(num_cpus=0).remote()
+    fleet = Fleet((), threads=1, run_id="ended")
+    fleet.take_over({0: Known(actor, "")}, next_member=1)
+    said = []
+    until_s = time.monotonic() + 1.5
+    while time.monotonic() < until_s:
+        for member, reports in fleet.reports(0.1):
+            said.append(reports)
+            fleet.dismiss(member)
+    assert said == [["its last word"]]
+    calls = ray.get(actor.called.remote(), timeout=20)
+    assert calls.count("reports") == 1
+    assert "answer" in calls[calls.index("reports") :], "it would leave as one that nobody supervises"
+    ray.kill(actor)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("devices_folder", "running_ray")
 @pytest.mark.parametrize("is_located", [False, True])
@@ -56,9 +97,17 @@ def test_one_that_was_not_started_is_ended_by_who_takes_the_run_over(is_located:
         left.locate({0: host.address})
     try:
         assert find(run_id, threads=1, heartbeat_s=5) is None
-        until_s = time.monotonic() + 20
-        with pytest.raises(ray.exceptions.RayActorError):
-            while time.monotonic() < until_s:
-                ray.get(left.known[0].actor.answer.remote(), timeout=20)
+        assert _is_ended(left.known[0].actor)
     finally:
         end(run_id)
+
+
+def _is_ended(actor: Any) -> bool:
+    """Whether an actor is gone, or is within some time."""
+    until_s = time.monotonic() + 20
+    while time.monotonic() < until_s:
+        try:
+            ray.get(actor.answer.remote(), timeout=20)
+        except ray.exceptions.RayActorError:
+            return True
+    return False
