@@ -66,8 +66,9 @@ class Controller:
         restarter: Restarter,
         checkpoint_folder: str,
         stop_reason: Callable[[], str | None],
+        restarts: int,
     ) -> None:
-        """assign: what a newcomer is to do. restarter: starts all anew where none is left.
+        """assign: what a newcomer is to do. restarter: starts all anew where none is left. restarts: as `_lead`.
         stop_reason: asked often; why the run shall save and end, None while it shall not.
         """
         self._config = config
@@ -91,7 +92,7 @@ class Controller:
         self._train_s = 0.0
         self._began_s = time.monotonic()
         self._stop_by_s: float | None = None
-        self._lead(crew, restarts=0)
+        self._lead(crew, restarts=restarts)
         if crew.standings:
             self._take_over(crew)
 
@@ -114,8 +115,7 @@ class Controller:
     @property
     def final_plans(self) -> tuple[Plan, ...]:
         """Per rank: the plan it ended with."""
-        newest = map(self._plans.newest, self._groups.members)
-        return tuple(plan for plan in newest if plan is not None)
+        return tuple(filter(None, map(self._plans.newest, self._groups.members)))
 
     def run(self) -> dict[str, Any]:
         """Supervise to the end; returns the summary.
@@ -329,7 +329,7 @@ class Controller:
         self._mender.give_up(then="all start again")
         why = "a replica was lost before the first step" if self._origin is None else "no replica is left"
         detail = f"{why}: all start again from {source}, restart {restarts} of {allowed}"
-        self._event(run_event("restart", self._step, detail))
+        self._event(run_event("restart", self._step, detail, restarts=restarts))
         over = self._step
         try:
             crew = self._restarter.restart(self._fleet)

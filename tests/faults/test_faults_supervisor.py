@@ -148,6 +148,26 @@ def test_resume_in_the_background_finds_them_too_and_comes_back(detached: Callab
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_a_supervisor_that_takes_over_allows_no_more_restarts_than_the_one_before(
+    detached: Callable[..., Path],
+) -> None:
+    run_dir = detached("steps=20000", "workers.max_restarts=1")
+
+    def details(kind: str) -> list[str]:
+        return [event["detail"] for event in RunReader(run_dir).events() if event["kind"] == kind]
+
+    os.kill(holder("cpu-1"), signal.SIGKILL)
+    wait_until(lambda: record(run_dir)["restarts"] == 1, "it was not replaced", PATIENCE_S)
+    assert len(details("joined")) == 1
+    os.kill(record(run_dir)["process"]["pid"], signal.SIGKILL)
+    wait_until(lambda: bool(details("supervisor")), "no other driver", PATIENCE_S)
+    os.kill(holder("cpu-1"), signal.SIGKILL)
+    wait_until(lambda: len(details("lost")) == 2, "nobody missed it", PATIENCE_S)
+    assert "it is not replaced: see workers.max_restarts" in details("lost")[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("running_ray")
 def test_replicas_that_nobody_comes_back_to_save_and_leave(detached: Callable[..., Path]) -> None:
     run_dir = detached(f"--address={addresses().head}", REVDIST_ORPHAN_S="12")
