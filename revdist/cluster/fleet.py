@@ -36,7 +36,8 @@ NAMESPACE = "revdist"
 """Ray namespace of the actors that outlive their driver."""
 ORPHAN_S = "REVDIST_ORPHAN_S"
 """Variable: seconds for which replicas of a detached run train on without a supervisor before they save and leave."""
-_ORPHAN_S = 60.0
+_ORPHAN_S = 150.0
+"""NFS lets go of a dead host's locks 90 s later, and a deputy waits for that of the run directory."""
 
 _GREETINGS = 8
 """In the time for which actors wait for a supervisor."""
