@@ -94,8 +94,8 @@ class ReplicaActor:
     ) -> None:
         """environment, paths: the driver's settings and where it finds modules; nothing happens here otherwise.
 
-        orphan_s: seconds without a word from a supervisor after which this process saves and leaves; None: it
-        ends with its driver anyway.
+        orphan_s: seconds without a word from a supervisor after which this process leaves, and saves before that
+        where it has begun to train; None: it ends with its driver anyway.
         """
         surround(environment, paths)
         self._place = place
@@ -108,12 +108,15 @@ class ReplicaActor:
         self._inbox: Inbox | None = None
         self._outbox: Outbox | None = None
         self._co_tenants: dict[CoTenantConfig, subprocess.Popen[bytes]] = {}
+        if orphan_s is not None:
+            threading.Thread(target=self._leave_as_orphan, name="revdist-orphan", daemon=True).start()
 
     def locate(self, address: str) -> Location:
         """Open the device, without computing on it, and bind the store's socket on the host's address.
 
         Raises DeviceError or UsageError where the device cannot be opened.
         """
+        self._heard_s = time.monotonic()
         self._device = self._open()
         self._listener = listen(address)
         self._location = Location(
@@ -130,11 +133,10 @@ class ReplicaActor:
         """Let the replica live, in a thread of its own."""
         from revdist.cluster.logs import LogSender
 
+        self._heard_s = time.monotonic()
         self._assignment = assignment
         if RUN_DIR in os.environ:
             threading.Thread(target=self._leave_to_another, name="revdist-claim", daemon=True).start()
-        if self._orphan_s is not None:
-            threading.Thread(target=self._leave_as_orphan, name="revdist-orphan", daemon=True).start()
         LogSender(self._channels()[1]).start()
         threading.Thread(
             target=self._live, args=(assignment, self._channels()), name="revdist-train", daemon=True
@@ -145,8 +147,8 @@ class ReplicaActor:
         self._heard_s = time.monotonic()
         return self._channels()[1].read(after, timeout_s=timeout_s)
 
-    def standing(self) -> Standing:
-        """Everything that a supervisor which takes over needs to know."""
+    def standing(self) -> Standing | None:
+        """Everything that a supervisor which takes over needs to know; None: this process has no device yet."""
         from revdist.training.reports import CurveReport, PlanReport
 
         self._heard_s = time.monotonic()
@@ -154,7 +156,8 @@ class ReplicaActor:
         order = inbox.newest_order
         rendezvous = None if self._assignment is None else self._assignment.rendezvous
         rendezvous = rendezvous if order is None else order.rendezvous
-        assert self._location is not None
+        if self._location is None:
+            return None
         return Standing(
             place=self._place,
             location=self._location,
@@ -219,6 +222,8 @@ class ReplicaActor:
         assert self._orphan_s is not None
         while time.monotonic() - self._heard_s < self._orphan_s:
             time.sleep(self._orphan_s / 20)
+        if self._assignment is None:
+            os._exit(0)
         inbox, outbox = self._channels()
         inbox.stop(f"no supervisor for {self._orphan_s:.0f} s")
         if not outbox.wait_until_closed(max(_STUCK_S, self._orphan_s / 2)):

@@ -130,6 +130,7 @@ class RunClaim(Observer):
             began_s=time.time(),
             log_dir=str(log_dir),
             detached=DETACHED in os.environ or self.orphans is not None,
+            restarts=before.restarts if before is not None and self.orphans is not None else 0,
         )
 
     def __enter__(self) -> Self:
@@ -174,6 +175,11 @@ class RunClaim(Observer):
         """The run is under way from its first step on."""
         if self.record.state == "starting":
             self.update(state="running")
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """Who takes the run over goes on counting where this session was."""
+        if event.get("restarts", self.record.restarts) != self.record.restarts:
+            self.update(restarts=event["restarts"])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

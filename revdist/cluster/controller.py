@@ -8,7 +8,6 @@ themselves, at the same step. It runs in the driver's thread and calls the obser
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
@@ -18,6 +17,7 @@ from revdist.cluster.fleet import Lost
 from revdist.cluster.logs import LogGatherer
 from revdist.cluster.mending import Mender
 from revdist.cluster.observer import Observer
+from revdist.cluster.plan_history import PlanHistory
 from revdist.cluster.records import device_records, event_record, replan_record, run_event, step_record, summary_record
 from revdist.cluster.rehearsal import Rehearsal
 from revdist.cluster.restarting import Restarter
@@ -66,8 +66,9 @@ class Controller:
         restarter: Restarter,
         checkpoint_folder: str,
         stop_reason: Callable[[], str | None],
+        restarts: int,
     ) -> None:
-        """assign: what a newcomer is to do. restarter: starts all anew where none is left.
+        """assign: what a newcomer is to do. restarter: starts all anew where none is left. restarts: as `_lead`.
         stop_reason: asked often; why the run shall save and end, None while it shall not.
         """
         self._config = config
@@ -80,7 +81,7 @@ class Controller:
         self._stop_reason = stop_reason
         self._logs = LogGatherer(observer)
         self._rehearsal = Rehearsal(config.co_tenants, crew.locations, crew.fleet)
-        self._plans: dict[int, list[PlanReport]] = defaultdict(list)
+        self._plans = PlanHistory()
         self._ended: dict[int, EndReport] = {}
         self._early_events: list[dict[str, Any]] = []
         self._last: dict[str, Any] | None = None
@@ -91,7 +92,7 @@ class Controller:
         self._train_s = 0.0
         self._began_s = time.monotonic()
         self._stop_by_s: float | None = None
-        self._lead(crew, restarts=0)
+        self._lead(crew, restarts=restarts)
         if crew.standings:
             self._take_over(crew)
 
@@ -102,6 +103,7 @@ class Controller:
         self._mender = Mender(
             self._config, crew, self._keeper, assign=self._assign, event=self._event, restarts=restarts
         )
+        self._plans.clear()
         self._first_step = 0
         self._last = None
 
@@ -113,7 +115,7 @@ class Controller:
     @property
     def final_plans(self) -> tuple[Plan, ...]:
         """Per rank: the plan it ended with."""
-        return tuple(self._plans[member][-1].plan for member in self._groups.members if self._plans[member])
+        return tuple(filter(None, map(self._plans.newest, self._groups.members)))
 
     def run(self) -> dict[str, Any]:
         """Supervise to the end; returns the summary.
@@ -193,7 +195,7 @@ class Controller:
         if devices is not None:
             self._observer.on_regroup(devices)
         seats = self._groups.seats(report.group, len(report.rows))
-        self._last = step_record(report, [[] if member is None else self._plans[member] for member in seats])
+        self._last = step_record(report, self._plans.at(report.step, seats))
         self._writer.metrics(self._last)
         self._samples += sum(row.samples for row in report.rows)
         self._train_s += report.step_s
@@ -204,12 +206,11 @@ class Controller:
             self._publish(self._keeper.take_rows(report.rows))
 
     def _take_plan(self, member: int, report: PlanReport) -> None:
-        earlier = self._plans[member]
+        before = self._plans.add(member, report)
         self._writer.plan(report.plan, time=report.time, step=report.step, free_bytes=report.free_bytes)
         self._observer.on_plan(report.plan, report.free_bytes)
-        if earlier:
-            self._event(replan_record(report, earlier[-1].plan))
-        earlier.append(report)
+        if before is not None:
+            self._event(replan_record(report, before))
 
     def _take_curve(self, member: int, report: CurveReport) -> None:
         self._num_steps = report.num_steps
@@ -256,7 +257,7 @@ class Controller:
         self._last = written.last_step()
         for member, standing in crew.standings.items():
             if standing.plan is not None:
-                self._plans[member].append(standing.plan)
+                self._plans.add(member, standing.plan)
                 self._observer.on_plan(standing.plan.plan, standing.plan.free_bytes)
             if standing.curve is not None:
                 self._num_steps = standing.curve.num_steps
@@ -328,7 +329,7 @@ class Controller:
         self._mender.give_up(then="all start again")
         why = "a replica was lost before the first step" if self._origin is None else "no replica is left"
         detail = f"{why}: all start again from {source}, restart {restarts} of {allowed}"
-        self._event(run_event("restart", self._step, detail))
+        self._event(run_event("restart", self._step, detail, restarts=restarts))
         over = self._step
         try:
             crew = self._restarter.restart(self._fleet)

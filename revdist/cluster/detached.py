@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
-from revdist.cluster.claim import DETACHED
+from revdist.cluster.claim import DETACHED, is_orphaned
 from revdist.cluster.run_record import RUN_ID, RunRecord, read_record
 from revdist.errors import ConfigError, RunFailed
 
@@ -30,11 +30,14 @@ class DetachedRun:
         """Start `revdist` with these arguments, in the current folder, its output going to a file of `log_dir`.
 
         cores: that a Ray cluster of its own must offer; None: the arguments name another one.
-        Raises ConfigError where the file cannot be written.
+        Raises ConfigError where the file cannot be written, UsageError where the directory's record is none.
         """
         self.run_dir = run_dir
         self.log = log_dir / LAUNCHER_LOG
-        self._run_id = secrets.token_hex(8)
+        self._before = read_record(run_dir)
+        # The replicas of a driver that was killed have the id of their run, and the new driver takes it over.
+        orphans = self._before if is_orphaned(run_dir) else None
+        self._run_id = secrets.token_hex(8) if orphans is None else orphans.run_id
         command = ["-m", "revdist.cluster.watchman", "-" if cores is None else str(cores), str(run_dir), *arguments]
         try:
             run_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -73,8 +76,11 @@ class DetachedRun:
             raise
 
     def _record(self) -> RunRecord | None:
+        """What the driver has written; None: nothing yet."""
         record = read_record(self.run_dir)
-        return record if record is not None and record.run_id == self._run_id else None
+        if record is None or record.run_id != self._run_id:
+            return None
+        return record if self._before is None or record.process != self._before.process else None
 
     def _ended_without_a_word(self) -> RunRecord:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LOG_LINES:]

@@ -36,8 +36,11 @@ NAMESPACE = "revdist"
 """Ray namespace of the actors that outlive their driver."""
 ORPHAN_S = "REVDIST_ORPHAN_S"
 """Variable: seconds for which replicas of a detached run train on without a supervisor before they save and leave."""
-_ORPHAN_S = 60.0
+_ORPHAN_S = 150.0
+"""NFS lets go of a dead host's locks 90 s later, and a deputy waits for that of the run directory."""
 
+_GREETINGS = 8
+"""In the time for which actors wait for a supervisor."""
 _DEATH_S = 5.0
 """Longest wait for killed actors to be gone."""
 
@@ -125,9 +128,11 @@ class Fleet:
         self._known: dict[int, Known] = {}
         self._last: dict[int, int] = {}
         self._waiting: dict[Any, int] = {}
+        self._dismissed: set[int] = set()
         self._hearts: dict[int, _Heart] = {}
         self._next = 0
         self._looked_s = time.monotonic()
+        self._greeted_s = time.monotonic()
         self._heartbeat_s = 0.0
         self._errands = Errands()
         for place in places:
@@ -178,6 +183,7 @@ class Fleet:
         for call in calls:
             while not ray.wait([call], timeout=_LOOK_S)[0]:
                 look()
+                self._greet()
         return [self.get(call) for call in calls]
 
     def locate_soon(self, addresses: Mapping[int, str], *, timeout_s: float) -> dict[int, Location]:
@@ -203,6 +209,7 @@ class Fleet:
 
     def reports(self, timeout_s: float) -> Iterator[tuple[int, list[Report] | Lost]]:
         """What members have to say, as soon as one has something; nothing where the time passes first."""
+        self._greet()
         if not self._waiting:
             time.sleep(timeout_s)
             return
@@ -238,6 +245,7 @@ class Fleet:
 
     def dismiss(self, member: int) -> None:
         """Ask a member for nothing more: it has said its last word."""
+        self._dismissed.add(member)
         self._waiting = {call: other for call, other in self._waiting.items() if other != member}
 
     def adopt(self, shares: Shares, members: Sequence[int]) -> None:
@@ -311,8 +319,16 @@ class Fleet:
         return bool(ray.wait([call], timeout=0)[0])
 
     def _ask(self, member: int) -> None:
-        if member in self._known:
+        if member in self._known and member not in self._dismissed:
             self._waiting[self._known[member].actor.reports.remote(self._last[member], _POLL_S)] = member
+
+    def _greet(self) -> None:
+        """Let actors that outlive this process know now and then that it is there, also those asked for nothing."""
+        now_s = time.monotonic()
+        if self._run_id is not None and now_s - self._greeted_s > orphan_s() / _GREETINGS:
+            self._greeted_s = now_s
+            for one in self._known.values():
+                one.actor.answer.remote()
 
     def _hear(self, member: int) -> None:
         if member in self._hearts:

@@ -221,7 +221,8 @@ class Mender:
     def _joined(self, member: int, *, rank: int) -> dict[str, Any]:
         location = self._locations[member]
         where = f"{location.reading.name} on {location.host}, process {location.pid}"
-        return run_event("joined", self._step - 1, where, rank=rank, device=location.reading.uuid)
+        facts = {"rank": rank, "device": location.reading.uuid, "restarts": self.restarts}
+        return run_event("joined", self._step - 1, where, **facts)
 
     def _tell(self, trouble: str) -> None:
-        self._event(run_event("lost", self._step, trouble))
+        self._event(run_event("lost", self._step, trouble, restarts=self.restarts))

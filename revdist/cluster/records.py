@@ -13,8 +13,8 @@ from revdist.training.reports import EventReport, PlanReport, Score, StepReport
 from revdist.training.row import Row
 
 
-def step_record(report: StepReport, plans: Sequence[Sequence[PlanReport]]) -> dict[str, Any]:
-    """A line of metrics.jsonl. plans: per rank, those it adopted, in order."""
+def step_record(report: StepReport, plans: Sequence[Plan | None]) -> dict[str, Any]:
+    """A line of metrics.jsonl. plans: per rank, that under which it took the step; None: not known."""
     samples = sum(row.samples for row in report.rows)
     return {
         "time": report.time,
@@ -26,7 +26,7 @@ def step_record(report: StepReport, plans: Sequence[Sequence[PlanReport]]) -> di
         "step_s": report.step_s,
         "samples_per_s": samples / report.step_s,
         "pause_s": report.pause_s,
-        "ranks": [_rank_record(rank, row, _plan_at(plans[rank], report.step)) for rank, row in enumerate(report.rows)],
+        "ranks": [_rank_record(rank, row, plans[rank]) for rank, row in enumerate(report.rows)],
     }
 
 
@@ -137,9 +137,3 @@ def _rank_record(rank: int, row: Row, plan: Plan | None) -> dict[str, Any]:
         "strip": "" if plan is None else plan.schedule.strip,
         "demoted_bytes": row.demoted_bytes,
     }
-
-
-def _plan_at(reports: Sequence[PlanReport], step: int) -> Plan | None:
-    """The plan under which a rank took the step that made it `step` steps."""
-    adopted = [report.plan for report in reports if report.step < step]
-    return adopted[-1] if adopted else None

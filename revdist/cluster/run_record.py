@@ -54,6 +54,8 @@ class RunRecord:
     """Where Ray on the driver's host offers the run's metrics to Prometheus."""
     deputy: str = ""
     """Host that goes on with the run where the driver's is lost; empty: there is none."""
+    restarts: int = 0
+    """Of those that `workers.max_restarts` allows, how many are used up."""
     ended_s: float | None = None
     exit_code: int | None = None
     error: tuple[str, ...] = ()

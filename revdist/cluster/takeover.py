@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayError
 
 from revdist.cluster.actor import Standing
 from revdist.cluster.crew import Crew
@@ -115,7 +115,7 @@ def _named(prefix: str) -> dict[str, Any]:
 
 def _answer(call: Any) -> Standing | None:
     try:
-        answer: Standing = ray.get(call, timeout=0)
-    except (RayActorError, GetTimeoutError):
+        answer: Standing | None = ray.get(call, timeout=0)
+    except RayError:  # it is lost, silent, or cannot say
         return None
     return answer

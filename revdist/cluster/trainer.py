@@ -184,6 +184,7 @@ class Trainer:
                     restarter=restarter,
                     checkpoint_folder=self._checkpoint_folder(run_dir),
                     stop_reason=stop_reason,
+                    restarts=claim.record.restarts,
                 )
                 summary = controller.run()
             return Result(run_dir=run_dir, metrics=summary, plans=controller.final_plans)

@@ -1,7 +1,7 @@
 """The parent of a detached run's driver: keeps the Ray cluster of the run, and starts the driver anew if it dies.
 
 Replicas of a detached run outlive their driver. One that was killed comes back in seconds and finds them
-training; it does not come back where it ended by itself, whatever the reason it gave.
+training; it does not come back where it ended by itself, whatever the reason it gave, nor where it was told to leave.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from revdist.cluster.way_out import leave
 
 _RESTARTS = 5
 _PAUSE_S = 0.2
+_TO_LEAVE = (signal.SIGTERM, signal.SIGINT)
+"""Whoever sends one wants the run to end; a second one ends the driver before it has saved."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -43,14 +45,16 @@ def _watch(command: list[str], run_dir: Path) -> int:
         told.append(number)
         driver.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _TO_LEAVE:
         signal.signal(number, pass_on)
     for _ in range(_RESTARTS):
         code = driver.wait()
-        if code >= 0 or told or not (run_dir / "config.yaml").exists():
+        if code >= 0 or -code in _TO_LEAVE or not (run_dir / "config.yaml").exists():
+            break
+        time.sleep(_PAUSE_S)
+        if told:
             break
         sys.stderr.write(f"the driver was killed by signal {-code}: starting another one\n")
-        time.sleep(_PAUSE_S)
         driver = _start([*command, *(["--resume"] if "--resume" not in command else [])])
     code = driver.wait()
     return code if code >= 0 else 128 - code

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
 from revdist.cluster.observer import Observer
 from revdist.devices.reading import Reading
@@ -38,33 +38,41 @@ class GrowingLines:
     def __init__(self, path: Path, *, newest_bytes: int | None = None) -> None:
         """newest_bytes: skip what lies before so many bytes from the end; None: read all."""
         self._path = path
+        self._newest_bytes = newest_bytes
         self._offset = 0
-        self._file_number: int | None = None
+        self._last_line = b""
+        """That ends there."""
         self._newest_s = float("-inf")
-        size = path.stat().st_size if path.exists() else 0
-        if newest_bytes is not None and size > newest_bytes:
-            with path.open("rb") as file:
-                file.seek(size - newest_bytes)
-                file.readline()  # may be a part of one
-                self._offset = file.tell()
 
     def new(self) -> list[dict[str, Any]]:
         try:
             with self._path.open("rb") as file:
-                number = os.fstat(file.fileno()).st_ino
-                if self._file_number not in (None, number):  # written anew, without the steps that were lost
-                    self._offset = 0
-                self._file_number = number
-                file.seek(self._offset)
+                goes_on = self._goes_on(file)
+                if not goes_on:
+                    self._begin(file)
                 block = file.read()
         except FileNotFoundError:
             return []
         block = block[: block.rfind(b"\n") + 1]
-        replaced = self._offset == 0
-        self._offset += len(block)
-        lines = [line for line in _parsed(block) if not replaced or line.get("time", 0.0) > self._newest_s]
+        if block:
+            self._offset += len(block)
+            self._last_line = block[block.rfind(b"\n", 0, -1) + 1 :]
+        lines = [line for line in _parsed(block) if goes_on or line.get("time", 0.0) > self._newest_s]
         self._newest_s = max((line.get("time", 0.0) for line in lines), default=self._newest_s)
         return lines
+
+    def _goes_on(self, file: BinaryIO) -> bool:
+        """Whether what was read last is where it was: a run that is resumed cuts off steps that were lost."""
+        file.seek(self._offset - len(self._last_line))
+        return self._offset > 0 and file.read(len(self._last_line)) == self._last_line
+
+    def _begin(self, file: BinaryIO) -> None:
+        """Go to the first line that is to be read."""
+        size = file.seek(0, os.SEEK_END)
+        skipped = 0 if self._newest_bytes is None else max(0, size - self._newest_bytes)
+        file.seek(skipped)
+        self._last_line = file.readline() if skipped else b""  # may be a part of one
+        self._offset = file.tell()
 
 
 def _parsed(block: bytes) -> Iterator[dict[str, Any]]:

@@ -27,8 +27,8 @@ from revdist.training.trained import Trained
 
 _log = logging.getLogger(__name__)
 
-PATIENCE_S = 90.0
-"""Longest wait for the order to form another group: a supervisor that died is back by then."""
+PATIENCE_S = 300.0
+"""Longest wait for the order to form another group: a supervisor that died is followed by then, or given up."""
 _NEWCOMER = -1
 """Stands for the step of a rank that has no state yet."""
 

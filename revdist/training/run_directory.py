@@ -28,7 +28,7 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, final
+from typing import Any, BinaryIO, final
 
 from revdist.config import RunConfig
 from revdist.errors import ConfigError
@@ -56,8 +56,8 @@ EVENT_KINDS = (
     "end",
 )
 
-_TAIL_BYTES = 64 * 2**10
-"""Of a file that is read from its end, to begin with."""
+_BLOCK_BYTES = 64 * 2**10
+"""Of a file that is read from its end, at a time."""
 
 
 def default_run_dir(name: str, now: datetime, parent: Path | None = None) -> Path:
@@ -182,27 +182,38 @@ class RunReader:
 def _last_line(path: Path) -> bytes:
     """The last whole line of a file; empty where there is none."""
     with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        block = _TAIL_BYTES
-        while True:
-            file.seek(max(0, size - block))
-            lines = file.read(min(block, size)).split(b"\n")[:-1]  # what follows the last line end is half written
-            if len(lines) > 1 or block >= size:
-                return lines[-1] if lines else b""
-            block *= 2
+        return next((line for _, line in _from_the_end(file) if line.endswith(b"\n")), b"")
 
 
 def _remove_later(path: Path, step: int) -> int:
-    """Remove the lines of steps after `step` from a file, in one piece; returns how many there were."""
+    """Cut the lines of steps after `step`, and half a line, off the end of a file; returns how many there were."""
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    if len(kept) < len(lines):
-        part = path.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        os.replace(part, path)
-    return len(lines) - len(kept)
+    with path.open("rb+") as file:
+        end, num_removed = file.seek(0, os.SEEK_END), 0
+        for begin, line in _from_the_end(file):
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                break
+            end, num_removed = begin, num_removed + 1
+        file.truncate(end)
+    return num_removed
+
+
+def _from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file and where each begins, the last one first, which may be half written."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    while start > 0:
+        size = min(_BLOCK_BYTES, start)
+        start -= size
+        file.seek(start)
+        first, *lines = (file.read(size) + rest).splitlines(keepends=True)
+        begin = start + len(first) + sum(map(len, lines))
+        for line in reversed(lines):
+            begin -= len(line)
+            yield begin, line
+        rest = first  # it may have begun before
+    if rest:
+        yield 0, rest
 
 
 def plan_record(plan: Plan, *, time: float, step: int, free_bytes: int) -> dict[str, Any]:

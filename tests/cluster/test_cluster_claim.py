@@ -14,7 +14,7 @@ import pytest
 from runs import settings
 
 import revdist
-from revdist.cluster.claim import RunClaim, is_alive, is_superseded, refuse_living, right_to_write, state_of
+from revdist.cluster.claim import DETACHED, RunClaim, is_alive, is_superseded, refuse_living, right_to_write, state_of
 from revdist.cluster.processes import Process, own_process, started_with, writing_below
 from revdist.cluster.run_record import RUN_DIR, RUN_ID, read_record
 from revdist.cluster.stopping import stop_run
@@ -34,7 +34,8 @@ with RunClaim(run_dir, name="fake", log_dir=run_dir / "logs") as claim:
     (run_dir / "config.yaml").touch()
     if manners != "polite":
         subprocess.Popen(child)
-    claim.update(state="running")
+    claim.on_step({})
+    claim.on_event({"kind": "restart", "restarts": int(sys.argv[3])})
     print("up", flush=True)
     time.sleep(300)
 """
@@ -43,9 +44,9 @@ with RunClaim(run_dir, name="fake", log_dir=run_dir / "logs") as claim:
 class Driver:
     """A process that holds the claim of a run, as a driver does, and trains nothing."""
 
-    def __init__(self, run_dir: Path, manners: str) -> None:
+    def __init__(self, run_dir: Path, manners: str, *, restarts: int = 0) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(run_dir), manners],
+            [sys.executable, "-c", DRIVER, str(run_dir), manners, str(restarts)],
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(Path(revdist.__file__).parent.parent)},
         )
@@ -152,6 +153,24 @@ def test_a_killed_driver_leaves_a_lost_run_whose_directory_is_free(run_dir: Path
     assert state_of(run_dir, record) == "lost"
     with claim(run_dir):
         assert is_alive(run_dir)
+
+
+def test_who_takes_over_goes_on_counting_restarts_and_a_new_session_does_not(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DETACHED, "1")
+    counts = []
+    for restarts in (1, 2):
+        driver = Driver(run_dir, "polite", restarts=restarts)
+        driver.process.kill()
+        driver.process.wait(timeout=10)
+        with claim(run_dir) as next_one:
+            counts.append(next_one.record.restarts)
+            next_one.on_event({"kind": "joined"})
+            counts.append(next_one.record.restarts)
+    with claim(run_dir) as another:
+        counts.append(another.record.restarts)
+    assert counts == [1, 1, 2, 2, 0]
 
 
 def test_stop_lets_a_run_leave_by_itself(run_dir: Path) -> None:

@@ -17,8 +17,11 @@ import pytest
 import revdist
 from revdist.cluster.claim import DETACHED, RunClaim
 from revdist.cluster.deputy import Charge, Vigil
-from revdist.cluster.fleet import Known
+from revdist.cluster.fleet import ORPHAN_S, Known, orphan_s
 from revdist.cluster.run_record import read_record, write_record
+from revdist.config import FaultsConfig
+from revdist.training.membership import PATIENCE_S as STEP_PATIENCE_S
+from revdist.training.orders import Rendezvous
 
 SUPERVISOR = """
 import sys, time
@@ -38,6 +41,8 @@ with RunClaim(run_dir, name="small", log_dir=run_dir / "logs") as claim:
 """
 HEARTBEAT_S = 0.5
 PATIENCE_S = 2.0
+NFS_LEASE_S = 90.0
+"""By default, how long NFS keeps the locks of a host that is gone."""
 
 
 @pytest.fixture
@@ -170,3 +175,11 @@ def test_a_supervisor_whose_run_was_taken_over_leaves_without_touching_it(run_di
     finally:
         supervisor.kill()
         supervisor.wait(timeout=10)
+
+
+def test_deputy_and_replicas_wait_longer_than_nfs_keeps_a_dead_hosts_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ORPHAN_S, raising=False)
+    assert orphan_s() > NFS_LEASE_S + 30 + FaultsConfig().heartbeat_s
+    meeting = Rendezvous(host="", port=0, prefix="", rank=0, world_size=1)
+    # A step that hangs, or whose group broke, waits until then, and half as long for the others.
+    assert 1.5 * orphan_s() < min(STEP_PATIENCE_S, meeting.timeout_s)

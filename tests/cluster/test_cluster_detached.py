@@ -17,14 +17,38 @@ import pytest
 from runs import settings
 
 import revdist
+from revdist.cluster import watchman
+from revdist.cluster.detached import DetachedRun
 from revdist.cluster.processes import started_with, writing_below
 from revdist.cluster.run_record import RUN_ID, RunRecord, read_record
+from revdist.cluster.stopping import stop_run
 from revdist.devices import list_devices
 from revdist.training.checkpoint_files import checkpoints
 from revdist.training.run_directory import RunReader
 
 ROOT = Path(revdist.__file__).parent.parent
 PATHS = [str(ROOT / "tests" / "training"), str(ROOT)]
+
+DRIVER = """#!{python}
+import sys, time
+from pathlib import Path
+from revdist.cluster.claim import RunClaim
+run_dir = Path({run_dir!r})
+with RunClaim(run_dir, name="fake", log_dir=run_dir / "logs") as claim:
+    (run_dir / "config.yaml").touch()
+    time.sleep(0.3)
+    claim.update(state="running")
+    time.sleep(300)
+"""
+"""Holds the claim of a run, as a driver does, and trains nothing."""
+
+
+def instead_of_python(path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a script be what is run as Python, whatever its arguments."""
+    path.write_text(script)
+    path.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(PATHS))
+    monkeypatch.setattr(sys, "executable", str(path))
 
 
 def revdist_command(*arguments: str | Path) -> list[str]:
@@ -86,6 +110,56 @@ def test_a_mistake_is_told_at_once_in_five_lines_and_in_the_log(config: Path, ru
         assert says in done.stderr
         assert len(done.stderr.splitlines()) <= 5
         assert not run_dir.exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_run_whose_driver_was_killed_is_under_way_once_the_next_driver_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    instead_of_python(tmp_path / "driver", DRIVER.format(python=sys.executable, run_dir=str(folder)), monkeypatch)
+    first = DetachedRun([], folder, folder / "logs", cores=None)
+    killed = first.wait_until_under_way()
+    assert killed.process.send(signal.SIGKILL)
+    first._process.wait(timeout=10)
+    second = DetachedRun(["--resume"], folder, folder / "logs", cores=None)
+    try:
+        record = second.wait_until_under_way()
+        assert (record.process.pid, record.state) == (second._process.pid, "running")
+        assert record.run_id == killed.run_id, "its replicas are found by it"
+        assert stop_run(folder, now=True, timeout_s=10).num_killed == 1
+    finally:
+        second._process.kill()
+        assert second._process.wait(timeout=10) == -signal.SIGKILL
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Those of the signals that a watchman passes on, as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("end", "starts", "code"),
+    [
+        ("kill -KILL $$", 6, 128 + signal.SIGKILL),
+        ("exit 3", 1, 3),
+        ("kill -TERM $$", 1, 128 + signal.SIGTERM),  # the second one that it got: the first lets it save
+        ("(sleep 0.1; kill -TERM $PPID) & kill -KILL $$", 1, 128 + signal.SIGKILL),
+    ],
+)
+def test_a_driver_is_started_anew_where_it_was_killed_and_nobody_wants_the_run_to_end(
+    end: str, starts: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    instead_of_python(tmp_path / "driver", f"#!/bin/sh\necho >> {tmp_path}/starts\n{end}\n", monkeypatch)
+    monkeypatch.setattr(watchman, "_PAUSE_S", 0.5 if "PPID" in end else 0.01)
+    assert watchman.main(["-", str(tmp_path), "launch"]) == code
+    assert len((tmp_path / "starts").read_text().splitlines()) == starts
 
 
 @pytest.mark.slow

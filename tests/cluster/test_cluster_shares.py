@@ -194,3 +194,13 @@ def test_gains_are_ratios_of_predicted_step_times() -> None:
     gains = started(0.01, 0.02).gains()
     assert gains["over_all_invert"] == 2.0
     assert gains["over_equal_split"] == 0.6 / 0.4
+
+
+def test_curves_that_no_member_has_any_more_are_not_kept() -> None:
+    kept = started(0.01, 0.01)
+    for number in range(100):
+        kept.take_curve(number % 2, report(number % 2, 0.01 + number / 1000, "memory-lost"))
+    assert len(kept._known) <= 10
+    for rank in (0, 1):
+        kept.take_curve(rank, report(rank, 0.5, "memory-lost"))
+    assert len({id(one) for one in kept._curves.values()}) == 1, "equal ones are one object"

@@ -17,6 +17,8 @@ from harm import BOUND, SLOW, final_state, holder, is_dead, launch, wait_until
 from runs import settings
 
 from revdist.cluster.local import addresses
+from revdist.cluster.processes import started_with
+from revdist.cluster.run_record import RUN_ID
 from revdist.cluster.stopping import stop_run
 from revdist.devices import list_devices
 from revdist.training.checkpoint_files import checkpoints, newest_whole
@@ -124,6 +126,44 @@ def test_resume_finds_replicas_that_nobody_supervises(
     launch_and_wait(tmp_path / "small.yaml", run_dir, "--resume", address)
     assert not checkpoints(run_dir / "checkpoints")[:-1]  # it went on from memory, not from disk
     assert_unharmed(run_dir, unharmed(STEPS))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("running_ray")
+def test_resume_in_the_background_finds_them_too_and_comes_back(detached: Callable[..., Path], tmp_path: Path) -> None:
+    address = f"--address={addresses().head}"
+    run_dir = detached(address)
+    replicas = [holder("cpu-0"), holder("cpu-1")]
+    for pid in pids(run_dir):
+        os.kill(pid, signal.SIGKILL)
+    launch_and_wait(tmp_path / "small.yaml", run_dir, "--resume", "--detach", address)
+    assert record(run_dir)["state"] == "running"
+    assert not any(is_dead(pid) for pid in replicas)
+    watchman, driver = pids(run_dir)
+    assert {watchman, driver} <= {one.pid for one in started_with(RUN_ID, record(run_dir)["run_id"])}
+    stop_run(run_dir, now=True, timeout_s=10)
+    wait_until(lambda: all(is_dead(pid) for pid in (watchman, driver, *replicas)), "something stayed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_supervisor_that_takes_over_allows_no_more_restarts_than_the_one_before(
+    detached: Callable[..., Path],
+) -> None:
+    run_dir = detached("steps=20000", "workers.max_restarts=1")
+
+    def details(kind: str) -> list[str]:
+        return [event["detail"] for event in RunReader(run_dir).events() if event["kind"] == kind]
+
+    os.kill(holder("cpu-1"), signal.SIGKILL)
+    wait_until(lambda: record(run_dir)["restarts"] == 1, "it was not replaced", PATIENCE_S)
+    assert len(details("joined")) == 1
+    os.kill(record(run_dir)["process"]["pid"], signal.SIGKILL)
+    wait_until(lambda: bool(details("supervisor")), "no other driver", PATIENCE_S)
+    os.kill(holder("cpu-1"), signal.SIGKILL)
+    wait_until(lambda: len(details("lost")) == 2, "nobody missed it", PATIENCE_S)
+    assert "it is not replaced: see workers.max_restarts" in details("lost")[-1]
 
 
 @pytest.mark.slow

@@ -158,6 +158,28 @@ def test_a_file_written_anew_without_lost_steps_is_told_from_there_on(tmp_path: 
     assert lines.new() == []
 
 
+@pytest.mark.parametrize("newest_bytes", [None, 120])
+def test_a_file_whose_lost_steps_were_cut_off_is_told_from_there_on(tmp_path: Path, newest_bytes: int | None) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def written(*steps: tuple[int, float]) -> str:
+        return "".join(json.dumps({"step": step, "time": time}) + "\n" for step, time in steps)
+
+    path.write_text(written(*((step, float(step)) for step in range(1, 10))))
+    lines = GrowingLines(path, newest_bytes=newest_bytes)
+    assert [line["step"] for line in lines.new()][-1] == 9
+    os.truncate(path, len(written(*((step, float(step)) for step in range(1, 8)))))
+    assert lines.new() == []
+    with path.open("a") as file:
+        file.write(written((8, 20.0)))
+    assert [line["step"] for line in lines.new()] == [8]
+    os.truncate(path, len(written(*((step, float(step)) for step in range(1, 7)))))
+    with path.open("a") as file:  # before anybody has looked
+        file.write(written((7, 30.0), (8, 31.0), (9, 32.0)))
+    assert [line["step"] for line in lines.new()] == [7, 8, 9]
+    assert lines.new() == []
+
+
 def test_a_follower_tells_of_the_newest_session_only(run_dir: Path) -> None:
     class Steps(Observer):
         def __init__(self) -> None:

@@ -118,3 +118,20 @@ def test_lines_of_steps_that_were_lost_are_removed_on_resume(tmp_path: Path) -> 
     onlooker = RunWriter(tmp_path / "run")
     assert onlooker.create(run_config()) == 0
     onlooker.close()
+
+
+@pytest.mark.parametrize("bytes_a_line", [10, 100_000])
+@pytest.mark.parametrize("half", ["", '{"step": 6, "mo'])
+def test_lost_steps_are_looked_for_at_the_end_of_the_file_alone(tmp_path: Path, bytes_a_line: int, half: str) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    begin = "what is not read need not make sense\n" * 3
+    lines = [json.dumps({"step": step, "more": "x" * bytes_a_line}) + "\n" for step in range(1, 6)]
+    for kept in (5, 3, 1):
+        metrics.write_text(begin + "".join(lines) + half)
+        writer = RunWriter(tmp_path)
+        assert writer.create(run_config(), step=kept) == 5 - kept + bool(half)
+        writer.close()
+        assert metrics.read_text() == begin + "".join(lines[:kept])
+    metrics.write_text("".join(lines) + half)
+    assert RunWriter(tmp_path).create(run_config(), step=0) == 5 + bool(half)
+    assert metrics.read_bytes() == b""
