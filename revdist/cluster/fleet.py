@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any, final
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -20,7 +20,6 @@ from revdist.cluster.actor import NUM_THREADS, Location, ReplicaActor
 from revdist.cluster.errands import Errands
 from revdist.cluster.placement import Host, Place
 from revdist.config import CoTenantConfig
-from revdist.errors import RevdistError
 from revdist.training.orders import Assignment, Regroup, Shares
 from revdist.training.reports import LogReport, Report
 
@@ -186,7 +185,7 @@ class Fleet:
         ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
         located = {}
         for call in ready:
-            with contextlib.suppress(RayError, RevdistError):
+            with contextlib.suppress(Exception):  # whatever its process raised: a host may lack anything
                 located[calls[call]] = self.get(call)
         return {member: located[member] for member in addresses if member in located}
 
@@ -213,7 +212,9 @@ class Fleet:
                 continue
             try:
                 self._last[member], reports = ray.get(call)
-            except RayActorError as error:
+            except RayTaskError:  # it is alive, and `reports` itself is at fault
+                raise
+            except RayError as error:  # not RayActorError alone: Ray's memory monitor says OutOfMemoryError
                 yield member, Lost(member, str(error))
                 continue
             self._hear(member)
@@ -282,7 +283,7 @@ class Fleet:
         }
         ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LAST_WORDS_S) if calls else ([], [])
         for call in ready:
-            with contextlib.suppress(RayActorError, RayTaskError):
+            with contextlib.suppress(RayError):
                 yield calls[call], ray.get(call)
 
     def kill(self) -> None:
@@ -325,7 +326,7 @@ class Fleet:
         for question in answered:
             heart = questions[question]
             heart.question = None
-            with contextlib.suppress(RayActorError):  # that it died is said where its reports are asked for
+            with contextlib.suppress(RayError):  # that it died is said where its reports are asked for
                 ray.get(question)
                 heart.heard_s = max(heart.heard_s, now_s)
         for member, heart in self._hearts.items():

@@ -13,13 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, final
 
-from ray.exceptions import RayActorError
-
 from revdist.cluster.actor import Location
+from revdist.cluster.failures import why
 from revdist.cluster.fleet import Fleet
 from revdist.cluster.placement import Host, Place, place_another
 from revdist.config import RunConfig
-from revdist.errors import RevdistError
 from revdist.training.orders import Assignment
 
 _LOOK_S = 1.0
@@ -184,8 +182,9 @@ class Recruiter:
         return bool(self._lost) or self._config.devices == "auto"
 
     def _start(self, member: int, newcomer: _Newcomer) -> None:
+        assignment = self._assign()
         try:
             newcomer.location = self._fleet.get(newcomer.found)
-            self._fleet.start({member: self._assign()})
-        except (RayActorError, RevdistError) as error:
-            self.fail(member, str(error).splitlines()[0])
+            self._fleet.start({member: assignment})
+        except Exception as error:  # whatever its process raised: a host that joins may lack anything
+            self.fail(member, why(error))

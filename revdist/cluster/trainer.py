@@ -7,7 +7,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -188,12 +188,12 @@ class Trainer:
                 summary = controller.run()
             return Result(run_dir=run_dir, metrics=summary, plans=controller.final_plans)
         finally:
-            if controller is not None:
-                controller.gather_logs()
-            logs.close()
-            writer.close()
-            if not lifelines.head_is_gone:  # else Ray ends them, and cannot be asked to
-                crew.fleet.kill()
+            with ExitStack() as ending:  # last in, first out, and each whatever the others raise
+                ending.callback(_end, crew.fleet, lifelines)
+                ending.callback(writer.close)
+                ending.callback(logs.close)
+                if controller is not None:
+                    ending.callback(controller.gather_logs)
 
     def _succession(self, claim: RunClaim, fleet: Fleet) -> AbstractContextManager[object]:
         """Keeps a deputy where replicas outlive their supervisor and may do so on other hosts."""
@@ -364,6 +364,11 @@ class Trainer:
         """Cores that a cluster of our own must offer."""
         num_devices = 1 if self.config.devices == "auto" else len(self.config.devices)
         return num_devices * self.config.threads_per_worker
+
+
+def _end(fleet: Fleet, lifelines: Lifelines) -> None:
+    if not lifelines.head_is_gone:  # else Ray ends them, and cannot be asked to
+        fleet.kill()
 
 
 def _addresses(places: Sequence[Place], fleet: Fleet) -> dict[int, str]:

@@ -6,9 +6,11 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import ActorUnschedulableError
 from runs import settings
 
 from revdist.cluster import recruiting
+from revdist.cluster.failures import why
 from revdist.cluster.fleet import Fleet
 from revdist.cluster.placement import Host, Place
 from revdist.cluster.recruiting import Recruiter
@@ -22,6 +24,9 @@ class EmptyFleet:
         self.hosts = list(hosts)
         self.added: list[Place] = []
         self.forgotten: list[int] = []
+        self.told: list[str] = []
+        self.raises: Exception | None = None
+        """What newcomers answer with; None: not at all."""
 
     def look_for_hosts(self) -> Future[list[Host]]:
         looked: Future[list[Host]] = Future()
@@ -36,7 +41,11 @@ class EmptyFleet:
         return member
 
     def has_come(self, call: Any) -> bool:
-        return False
+        return self.raises is not None
+
+    def get(self, call: Any) -> Any:
+        assert self.raises is not None
+        raise self.raises
 
     def forget(self, member: int) -> None:
         self.forgotten.append(member)
@@ -52,8 +61,7 @@ def place(node: str, spec: DeviceSpec) -> Place:
 
 def recruiter(fleet: EmptyFleet, first: Place, **changes: Any) -> Recruiter:
     config = RunConfig.from_mapping(settings(devices="auto", global_batch=64, **changes))
-    told: list[str] = []
-    return Recruiter(config, cast(Fleet, fleet), {0: first}, assign=cast(Any, None), tell=told.append)
+    return Recruiter(config, cast(Fleet, fleet), {0: first}, assign=lambda: cast(Any, None), tell=fleet.told.append)
 
 
 CUDA = DeviceSpec(kind="cuda")
@@ -124,3 +132,14 @@ def test_newcomers_that_fail_together_are_one_try(monkeypatch: pytest.MonkeyPatc
     now_s += 0.2
     found.advance()
     assert len(fleet.added) == 6
+
+
+@pytest.mark.parametrize("error", [OSError("no such address"), ActorUnschedulableError("the node is gone")])
+def test_whatever_a_newcomer_raises_the_run_goes_on_without_it(error: Exception) -> None:
+    fleet = EmptyFleet(host("a", cpus=4), host("b", cpus=8))
+    found = recruiter(fleet, place("a", CPU))
+    found.advance()
+    fleet.raises = error
+    assert found.advance() == {}
+    assert fleet.forgotten == [101]
+    assert fleet.told == [f"cpu-0 on b did not join: {why(error)}"]
