@@ -74,21 +74,31 @@ def place(config: RunConfig, hosts: Sequence[Host], *, partly: bool = False) -> 
 
 
 def place_another(
-    config: RunConfig, hosts: Sequence[Host], taken: Sequence[Place], lost: Sequence[Place], *, rank: int
+    config: RunConfig,
+    hosts: Sequence[Host],
+    taken: Sequence[Place],
+    lost: Sequence[Place],
+    *,
+    rank: int,
+    replace: bool = True,
 ) -> Place | None:
     """A place for one more replica of a run under way; None where there is none now.
 
-    The device of a replica that was lost, where it has come back, on any host that has room; with
+    The device of a replica that was lost, where it has come back, on its own host or another that has room; with
     `devices: auto` also a device that the run had not before.
+    replace: whether what was lost may be replaced; else the devices of lost replicas are left alone.
     """
-    for before in lost:
-        nearby = sorted(hosts, key=lambda host: host.node_id != before.node_id)
-        for host in nearby:
-            if _fits(config, host, before.spec) and not _is_taken(host, before.spec, taken):
+    if replace:
+        rooms = [(before, host) for before in lost for host in hosts if _fits(config, host, before.spec)]
+        rooms.sort(key=lambda room: room[0].node_id != room[1].node_id)
+        for before, host in rooms:
+            if not _is_taken(host, before, taken):
                 return _on(host, before.spec, rank=rank, any_device=before.any_device)
     if config.devices != "auto":
         return None
-    used = {(place.node_id, place.bundle) for place in taken}
+    for before in () if replace else lost:
+        hosts = [host.without(before, threads=config.threads_per_worker) for host in hosts]
+    used = {(place.node_id, place.bundle) for place in (*taken, *lost)}
     on_gpus = any(place.spec.kind == "cuda" for place in (*taken, *lost))
     spec = DeviceSpec(kind="cuda") if on_gpus else DeviceSpec(kind="cpu", name="cpu-0")
     for host in hosts:
@@ -112,8 +122,12 @@ def _fits(config: RunConfig, host: Host, spec: DeviceSpec) -> bool:
     return host.cpus >= config.threads_per_worker and (spec.kind == "cpu" or host.gpus >= 1)
 
 
-def _is_taken(host: Host, spec: DeviceSpec, taken: Sequence[Place]) -> bool:
-    return spec.kind == "cpu" and any(place.node_id == host.node_id and place.spec.name == spec.name for place in taken)
+def _is_taken(host: Host, before: Place, taken: Sequence[Place]) -> bool:
+    """Whether a CPU device like one from before has a replica on this host, or on this part of it."""
+    if before.any_device:
+        return any((place.node_id, place.bundle) == (host.node_id, host.bundle) for place in taken)
+    on_host = [place.spec for place in taken if place.node_id == host.node_id]
+    return before.spec.kind == "cpu" and any(spec.name == before.spec.name for spec in on_host)
 
 
 class _Homes:

@@ -103,7 +103,7 @@ class Recruiter:
         """A member is lost; whether it will be replaced where a device is found."""
         self._lost.append(self._places.pop(member))
         self._next_look_s = time.monotonic() + _LOOK_S
-        return self._restarts < self._config.workers.max_restarts
+        return self._may_replace
 
     def is_newcomer(self, member: int) -> bool:
         return member in self._newcomers
@@ -158,16 +158,15 @@ class Recruiter:
         """Start a newcomer on every device that is free."""
         now_s = time.monotonic()
         room = [one for one in hosts if self._shunned_until_s.get(one.node_id, now_s) <= now_s]
-        lost = self._lost if self._restarts < self._config.workers.max_restarts else []
-        num_lost = len(self._lost)
+        may_replace, num_lost = self._may_replace, len(self._lost)
         while len(self._places) < self.most_members:
-            place = place_another(self._config, room, tuple(self._places.values()), lost, rank=-1)
+            taken = tuple(self._places.values())
+            place = place_another(self._config, room, taken, self._lost, rank=-1, replace=may_replace)
             if place is None:
                 break
             room = [host.without(place, threads=self._config.threads_per_worker) for host in room]
-            before = next((one for one in lost if one.spec == place.spec), None)
-            if before is not None:
-                lost.remove(before)
+            if may_replace:
+                self._replace(place)
             member = self._fleet.add(place)
             self._places[member] = place
             found = self._fleet.find(member, place.address)
@@ -176,10 +175,20 @@ class Recruiter:
             self._restarts += 1
             self._is_restarting = True
 
+    def _replace(self, place: Place) -> None:
+        """Strike out who was lost, where a newcomer is placed in its stead."""
+        same = [one for one in self._lost if one.spec == place.spec]
+        if same:
+            self._lost.remove(min(same, key=lambda one: one.node_id != place.node_id))
+
+    @property
+    def _may_replace(self) -> bool:
+        return self._restarts < self._config.workers.max_restarts
+
     @property
     def _may_look(self) -> bool:
         """Whether a look can find anything: asking the cluster is not free."""
-        return bool(self._lost) or self._config.devices == "auto"
+        return (bool(self._lost) and self._may_replace) or self._config.devices == "auto"
 
     def _start(self, member: int, newcomer: _Newcomer) -> None:
         assignment = self._assign()

@@ -113,6 +113,23 @@ def test_a_host_that_joins_is_a_further_device_where_devices_are_automatic() -> 
     assert another([host(0), host(1)], [first], [], devices=THREE) is None
 
 
+def test_what_was_lost_goes_back_to_its_own_host_while_another_lost_one_s_is_away() -> None:
+    hosts = [host(number, gpus=1) for number in range(3)]
+    first, *lost = place(RunConfig.from_mapping(settings(devices="auto")), hosts)
+    assert another([host(2, gpus=1)], [first], lost, devices="auto") == ("node-2", "")
+    assert another([host(1, gpus=1), host(2, gpus=1)], [first], lost[1:], devices="auto") == ("node-2", "")
+
+
+def test_a_bundle_that_was_lost_is_no_new_one_beside_another_of_its_host() -> None:
+    bundles = [dataclasses.replace(host(0, cpus=1), bundle=number) for number in range(2)]
+    config = RunConfig.from_mapping(settings(devices="auto"))
+    first, lost = place(config, bundles)
+    found = place_another(config, bundles, [first], [lost], rank=-1)
+    assert found is not None
+    assert found.bundle == 1
+    assert place_another(config, bundles, [first], [lost], rank=-1, replace=False) is None
+
+
 def test_bundles_of_a_placement_group_are_places_of_their_own() -> None:
     bundles = [dataclasses.replace(host(0, cpus=1), bundle=number) for number in range(2)]
     places = place(RunConfig.from_mapping(settings(devices="auto")), bundles)

@@ -59,9 +59,11 @@ def place(node: str, spec: DeviceSpec) -> Place:
     return Place(rank=0, node_id=node, address=node, spec=spec)
 
 
-def recruiter(fleet: EmptyFleet, first: Place, **changes: Any) -> Recruiter:
+def recruiter(fleet: EmptyFleet, *places: Place, **changes: Any) -> Recruiter:
     config = RunConfig.from_mapping(settings(devices="auto", global_batch=64, **changes))
-    return Recruiter(config, cast(Fleet, fleet), {0: first}, assign=lambda: cast(Any, None), tell=fleet.told.append)
+    return Recruiter(
+        config, cast(Fleet, fleet), dict(enumerate(places)), assign=lambda: cast(Any, None), tell=fleet.told.append
+    )
 
 
 CUDA = DeviceSpec(kind="cuda")
@@ -115,6 +117,31 @@ def test_members_lost_together_are_one_restart(monkeypatch: pytest.MonkeyPatch) 
         found.is_ready(member)
     assert found.restarts == 2
     assert not found.lose(104)
+
+
+@pytest.mark.parametrize("spec", [CUDA, CPU], ids=["GPUs", "CPU devices"])
+def test_once_restarts_are_used_up_only_new_hosts_are_taken_in(
+    spec: DeviceSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(recruiting.time, "monotonic", lambda: now_s)
+    fleet = EmptyFleet(host("a", cpus=8), host("b", cpus=8, gpus=1))
+    found = recruiter(fleet, place("a", spec), place("b", spec), workers={"max_restarts": 1})
+
+    def look() -> list[str]:
+        nonlocal now_s
+        now_s += 100
+        found.advance()
+        return [one.node_id for one in fleet.added]
+
+    assert found.lose(1)
+    assert look() == ["b"]
+    found.fail(101, "its device is broken")
+    assert look() == ["b"]
+    assert found.restarts == 1
+    fleet.hosts.append(host("c", cpus=8, gpus=1))
+    assert look() == ["b", "c"]
+    assert found.restarts == 1
 
 
 def test_newcomers_that_fail_together_are_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
