@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from revdist.config import DeviceSpec, RunConfig
@@ -93,7 +94,8 @@ def place_another(
         rooms.sort(key=lambda room: room[0].node_id != room[1].node_id)
         for before, host in rooms:
             if not _is_taken(host, before, taken):
-                return _on(host, before.spec, rank=rank, any_device=before.any_device)
+                spec = _with_name(config, host, before.spec, (*taken, *lost))
+                return _on(host, spec, rank=rank, any_device=before.any_device)
     if config.devices != "auto":
         return None
     for before in () if replace else lost:
@@ -105,6 +107,24 @@ def place_another(
         if (on_gpus or (host.node_id, host.bundle) not in used) and _fits(config, host, spec):
             return _on(host, spec, rank=rank, any_device=not on_gpus)
     return None
+
+
+def missing(listed: Sequence[DeviceSpec], places: Sequence[Place]) -> list[DeviceSpec]:
+    """Those of the devices listed that have no replica."""
+    there = [place.spec for place in places]
+    absent = []
+    for spec in sorted(listed, key=lambda spec: not spec.name):  # those that any name will do for take what is left
+        found = next((one for one in there if is_like(one, spec)), None)
+        if found is None:
+            absent.append(spec)
+        else:
+            there.remove(found)
+    return absent
+
+
+def is_like(placed: DeviceSpec, listed: DeviceSpec) -> bool:
+    """Whether a replica's device is one that was listed, perhaps without a name."""
+    return placed == (listed if listed.name else listed.model_copy(update={"name": placed.name}))
 
 
 def _on(host: Host, spec: DeviceSpec, *, rank: int, any_device: bool) -> Place:
@@ -180,6 +200,17 @@ def _those_with_room(specs: Sequence[DeviceSpec], homes: _Homes) -> list[DeviceS
             homes.take(spec)
             fitting.append(spec)
     return fitting
+
+
+def _with_name(config: RunConfig, host: Host, spec: DeviceSpec, others: Sequence[Place]) -> DeviceSpec:
+    """A device, with a name that no other one on its host has, or will have once it is back."""
+    if spec.kind == "cuda" or spec.name:
+        return spec
+    listed = () if config.devices == "auto" else config.devices
+    known = {one.name for one in listed}
+    known |= {place.spec.name for place in others if place.node_id in (host.node_id, "")}
+    free = (f"cpu-{number}" for number in itertools.count())
+    return spec.model_copy(update={"name": next(name for name in free if name not in known)})
 
 
 def _named(chosen: Sequence[tuple[Host, DeviceSpec]]) -> list[tuple[Host, DeviceSpec]]:

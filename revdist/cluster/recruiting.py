@@ -16,7 +16,7 @@ from typing import Any, final
 from revdist.cluster.actor import Location
 from revdist.cluster.failures import why
 from revdist.cluster.fleet import Fleet
-from revdist.cluster.placement import Host, Place, place_another
+from revdist.cluster.placement import Host, Place, is_like, missing, place_another
 from revdist.config import RunConfig
 from revdist.training.orders import Assignment
 
@@ -63,14 +63,10 @@ class Recruiter:
         self._places = dict(places)
         self._assign = assign
         self._tell = tell
-        placed = {place.spec.name for place in places.values()}
         listed = () if config.devices == "auto" else config.devices
         # Where another supervisor led the run so far, or all began again, devices may be missing already.
-        self._lost = [
-            Place(rank=-1, node_id="", address="", spec=spec)
-            for spec in listed
-            if spec.name and spec.name not in placed
-        ]
+        absent = missing(listed, tuple(places.values()))
+        self._lost = [Place(rank=-1, node_id="", address="", spec=spec) for spec in absent]
         self._restarts = restarts
         self._is_restarting = False
         """Whether the last restart is on its way: nobody of it is ready or has failed."""
@@ -177,9 +173,9 @@ class Recruiter:
 
     def _replace(self, place: Place) -> None:
         """Strike out who was lost, where a newcomer is placed in its stead."""
-        same = [one for one in self._lost if one.spec == place.spec]
-        if same:
-            self._lost.remove(min(same, key=lambda one: one.node_id != place.node_id))
+        like = [one for one in self._lost if is_like(place.spec, one.spec)]
+        if like:
+            self._lost.remove(min(like, key=lambda one: (one.spec != place.spec, one.node_id != place.node_id)))
 
     @property
     def _may_replace(self) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from runs import settings
 
-from revdist.cluster.placement import Host, Place, place, place_another
-from revdist.config import RunConfig
+from revdist.cluster.placement import Host, Place, missing, place, place_another
+from revdist.config import DeviceSpec, RunConfig
 from revdist.errors import BatchTooSmall, NoFreeDevice
 
 
@@ -111,6 +111,39 @@ def test_a_host_that_joins_is_a_further_device_where_devices_are_automatic() -> 
     assert another([host(0), host(1)], [first], [], devices="auto") == ("node-1", "cpu-0")
     assert another([host(0)], [first], [], devices="auto") is None
     assert another([host(0), host(1)], [first], [], devices=THREE) is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "there", "absent"),
+    [
+        ([{"kind": "cuda"}] * 3, [0, 1], [{"kind": "cuda"}]),
+        ([{"kind": "cuda", "uuid": f"GPU-{n}"} for n in range(3)], [0, 2], [{"kind": "cuda", "uuid": "GPU-1"}]),
+        ([{"kind": "cpu", "name": "cpu-0"}] * 2, [0], [{"kind": "cpu", "name": "cpu-0"}]),
+        ([{"kind": "cpu"}, {"kind": "cpu", "name": "big"}], [1], [{"kind": "cpu"}]),
+        (
+            [{"kind": "cpu", "capacity": "1MiB"}, {"kind": "cpu", "capacity": "2MiB"}],
+            [1],
+            [{"kind": "cpu", "capacity": "1MiB"}],
+        ),
+    ],
+    ids=["GPUs", "GPUs by UUID", "one name on two hosts", "one without a name", "capacities"],
+)
+def test_devices_listed_that_have_no_replica_are_missing(
+    devices: list[dict[str, str]], there: list[int], absent: list[dict[str, str]]
+) -> None:
+    config = RunConfig.from_mapping(settings(devices=devices))
+    places = place(config, [host(0, cpus=1, gpus=2), host(1, gpus=2)])
+    found = missing(cast(Any, config.devices), [places[rank] for rank in there])
+    assert found == [DeviceSpec.model_validate(one) for one in absent]
+
+
+def test_a_device_listed_without_a_name_gets_one_that_is_free_on_its_host() -> None:
+    devices = [{"kind": "cpu"}, {"kind": "cpu"}, {"kind": "cpu", "name": "cpu-1"}]
+    config = RunConfig.from_mapping(settings(devices=devices))
+    first, *_ = place(config, [host(0)])
+    lost = [Place(rank=-1, node_id="", address="", spec=DeviceSpec(kind="cpu"))]
+    assert another([host(0)], [first], lost, devices=devices) == ("node-0", "cpu-2")
+    assert another([host(1)], [first], lost, devices=devices) == ("node-1", "cpu-0")
 
 
 def test_what_was_lost_goes_back_to_its_own_host_while_another_lost_one_s_is_away() -> None:

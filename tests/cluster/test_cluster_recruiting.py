@@ -60,7 +60,7 @@ def place(node: str, spec: DeviceSpec) -> Place:
 
 
 def recruiter(fleet: EmptyFleet, *places: Place, **changes: Any) -> Recruiter:
-    config = RunConfig.from_mapping(settings(devices="auto", global_batch=64, **changes))
+    config = RunConfig.from_mapping(settings(**{"devices": "auto", "global_batch": 64, **changes}))
     return Recruiter(
         config, cast(Fleet, fleet), dict(enumerate(places)), assign=lambda: cast(Any, None), tell=fleet.told.append
     )
@@ -142,6 +142,23 @@ def test_once_restarts_are_used_up_only_new_hosts_are_taken_in(
     fleet.hosts.append(host("c", cpus=8, gpus=1))
     assert look() == ["b", "c"]
     assert found.restarts == 1
+
+
+def test_devices_listed_that_were_missing_at_a_takeover_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(recruiting.time, "monotonic", lambda: now_s)
+    fleet = EmptyFleet(host("a", cpus=8))
+    found = recruiter(
+        fleet, place("a", CPU), devices=[{"kind": "cpu", "name": "cpu-0"}, {"kind": "cpu"}, {"kind": "cpu"}]
+    )
+    found.advance()
+    assert [one.spec.name for one in fleet.added] == ["cpu-1", "cpu-2"]
+    for member in (101, 102):
+        found.is_ready(member)
+    assert found.restarts == 1
+    now_s += 100
+    found.advance()
+    assert len(fleet.added) == 2
 
 
 def test_newcomers_that_fail_together_are_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
