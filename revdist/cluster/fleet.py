@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from revdist.cluster.actor import NUM_THREADS, Location, ReplicaActor
 from revdist.cluster.errands import Errands
+from revdist.cluster.inventory import uuids
 from revdist.cluster.placement import Host, Place
 from revdist.config import CoTenantConfig
 from revdist.training.orders import Assignment, Regroup, Shares
@@ -114,11 +115,15 @@ class Fleet:
         threads: int,
         run_id: str | None = None,
         placement_group: PlacementGroup | None = None,
+        by_uuid: bool = False,
     ) -> None:
         """run_id: given, the actors outlive this process, and are found again by it.
         placement_group: whose bundles the places name.
+        by_uuid: devices are told apart by UUID, so hosts have to be asked for theirs.
         """
         self._threads = threads
+        self._by_uuid = by_uuid
+        self._uuids: dict[str, frozenset[str]] = {}
         self._placement_group = placement_group
         self._run_id = run_id
         self._known: dict[int, Known] = {}
@@ -160,7 +165,11 @@ class Fleet:
 
     def free_hosts(self) -> list[Host]:
         """Where the run may start further actors, with what is free there."""
-        return hosts(self._placement_group)
+        found = hosts(self._placement_group)
+        if not self._by_uuid or len({host.node_id for host in found}) == 1:
+            return found
+        self._uuids |= uuids([host for host in found if host.node_id not in self._uuids])
+        return [dataclasses.replace(host, uuids=self._uuids.get(host.node_id, frozenset())) for host in found]
 
     def look_for_hosts(self) -> Future[list[Host]]:
         """As `free_hosts`, without waiting for the Ray head."""

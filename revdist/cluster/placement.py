@@ -22,6 +22,12 @@ class Host:
     gpus: float
     bundle: int = -1
     """Of a placement group, whose part of the host this is; -1: the host as a whole."""
+    uuids: frozenset[str] | None = None
+    """Of its devices; None: it was not asked, so any may be there."""
+
+    def may_have(self, spec: DeviceSpec) -> bool:
+        """Whether a device can be one of this host's."""
+        return not spec.uuid or self.uuids is None or spec.uuid in self.uuids
 
     def without(self, place: Place, *, threads: int) -> Host:
         """The host with what is left once a replica is placed; itself where that is elsewhere."""
@@ -46,10 +52,15 @@ class Place:
     """Another CPU device of the host will do, where another run computes on this one."""
 
 
+def names_uuids(config: RunConfig) -> bool:
+    """Whether devices are listed that only one host has."""
+    return config.devices != "auto" and any(spec.uuid for spec in config.devices)
+
+
 def place(config: RunConfig, hosts: Sequence[Host], *, partly: bool = False) -> tuple[Place, ...]:
     """One place per replica, replicas of a host next to each other.
 
-    CPU devices are dealt out over the hosts in turn, GPUs go where Ray has them free.
+    CPU devices are dealt out over the hosts in turn, GPUs go where Ray has them free, those with a UUID to its host.
     partly: as many of the devices listed as there are, and `workers.min` at least, will do.
 
     Raises NoFreeDevice where the cluster has too few, BatchTooSmall where a replica would have no sample.
@@ -57,6 +68,7 @@ def place(config: RunConfig, hosts: Sequence[Host], *, partly: bool = False) -> 
     homes = _Homes(hosts, threads=config.threads_per_worker)
     automatic = config.devices == "auto"
     specs = (homes.automatic() if config.devices == "auto" else list(config.devices))[: config.workers.max]
+    specs.sort(key=lambda spec: not spec.uuid)  # first those that only one host has
     if partly:
         specs = _those_with_room(specs, _Homes(hosts, threads=config.threads_per_worker))
     if len(specs) < config.workers.min:
@@ -139,7 +151,8 @@ def _on(host: Host, spec: DeviceSpec, *, rank: int, any_device: bool) -> Place:
 
 
 def _fits(config: RunConfig, host: Host, spec: DeviceSpec) -> bool:
-    return host.cpus >= config.threads_per_worker and (spec.kind == "cpu" or host.gpus >= 1)
+    has_room = host.cpus >= config.threads_per_worker and (spec.kind == "cpu" or host.gpus >= 1)
+    return has_room and host.may_have(spec)
 
 
 def _is_taken(host: Host, before: Place, taken: Sequence[Place]) -> bool:
@@ -177,9 +190,17 @@ class _Homes:
         return host
 
     def _has_room(self, host: Host, spec: DeviceSpec) -> bool:
-        return self._cpus[host] >= self._threads and (spec.kind == "cpu" or self._gpus[host] >= 1)
+        has_room = self._cpus[host] >= self._threads and (spec.kind == "cpu" or self._gpus[host] >= 1)
+        return has_room and host.may_have(spec)
 
     def _why_not(self, spec: DeviceSpec) -> str:
+        if not any(host.may_have(spec) for host in self._hosts):
+            return (
+                f"no device {spec.uuid} on {len(self._hosts)} hosts that answer: `revdist devices --address HOST:PORT` "
+                "lists those of a cluster"
+            )
+        if spec.uuid and spec.kind == "cuda":
+            return f"the host of {spec.uuid} has no free GPU or core: free it (`revdist devices` shows who holds it)"
         if spec.kind == "cuda" and not any(self._gpus[host] >= 1 for host in self._hosts):
             total = int(sum(host.gpus for host in self._hosts))
             return (

@@ -207,11 +207,13 @@ class Trainer:
         """The replicas of this run that outlived their driver; None where there are none, or none is alive."""
         if claim.orphans is None:
             return None
+        from revdist.cluster.placement import names_uuids
         from revdist.cluster.takeover import find
         from revdist.training.checkpoint_files import newest
 
         threads, heartbeat_s = self.config.threads_per_worker, self.config.faults.heartbeat_s
-        crew = find(claim.orphans, threads=threads, heartbeat_s=heartbeat_s, heritage=heritage)
+        by_uuid = names_uuids(self.config)
+        crew = find(claim.orphans, threads=threads, heartbeat_s=heartbeat_s, heritage=heritage, by_uuid=by_uuid)
         if crew is None and self.resume:
             newest(self._checkpoint_folder(claim.run_dir))
         if crew is not None:
@@ -220,11 +222,10 @@ class Trainer:
 
     def _start_after_loss(self, claim: RunClaim, observer: Observer, restarter: Restarter) -> Crew:
         """Replicas where those of a killed driver are gone too: perhaps with hosts, which Ray misses a minute later."""
-        from revdist.cluster.fleet import Fleet
         from revdist.cluster.takeover import next_member
 
-        run_id, group = claim.record.run_id, self._present_placement_group()
-        fleet = Fleet((), threads=self.config.threads_per_worker, run_id=run_id, placement_group=group)
+        run_id = claim.record.run_id
+        fleet = self._empty_fleet(run_id)
         fleet.take_over({}, next_member=next_member(run_id))
         try:
             crew = restarter.restart(fleet)
@@ -254,21 +255,34 @@ class Trainer:
         self, run_id: str | None = None, *, look: Callable[[], None] = lambda: None
     ) -> tuple[Sequence[Place], Fleet]:
         """Where replicas go, and their actors. run_id: given, they outlive this process. look: called while waiting."""
-        from revdist.cluster.fleet import Fleet, hosts
         from revdist.cluster.placement import place
 
-        group = self._present_placement_group()
+        fleet = self._empty_fleet(run_id)
         patient_until_s = time.monotonic() + _RESOURCES_S
         while True:
             try:
-                places = place(self.config, hosts(group))
-                fleet = Fleet(places, threads=self.config.threads_per_worker, run_id=run_id, placement_group=group)
-                return places, fleet
+                places = place(self.config, fleet.free_hosts())
             except NoFreeDevice:
                 if time.monotonic() > patient_until_s:
                     raise
+            else:
+                for one in places:
+                    fleet.add(one)
+                return places, fleet
             look()
             time.sleep(0.1)
+
+    def _empty_fleet(self, run_id: str | None) -> Fleet:
+        from revdist.cluster.fleet import Fleet
+        from revdist.cluster.placement import names_uuids
+
+        return Fleet(
+            (),
+            threads=self.config.threads_per_worker,
+            run_id=run_id,
+            placement_group=self._present_placement_group(),
+            by_uuid=names_uuids(self.config),
+        )
 
     def _present_placement_group(self) -> PlacementGroup | None:
         from ray.util import get_current_placement_group

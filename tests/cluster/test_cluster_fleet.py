@@ -11,6 +11,7 @@ from ray.exceptions import ActorDiedError, ActorUnschedulableError, OutOfMemoryE
 
 from revdist.cluster import fleet
 from revdist.cluster.fleet import Fleet, Known, Lost
+from revdist.cluster.placement import Host
 from revdist.training.reports import LogReport
 
 
@@ -74,3 +75,20 @@ def test_what_reports_raises_in_the_actor_is_no_loss(monkeypatch: pytest.MonkeyP
 def test_only_those_that_open_their_device_are_located_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     made = led(monkeypatch, *LOSSES, RayTaskError("locate", "traceback", OSError("no such address")))
     assert made.locate_soon(dict.fromkeys(range(4), "10.0.0.1"), timeout_s=0) == {}
+
+
+def test_hosts_are_asked_once_which_devices_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def uuids(hosts: Sequence[Host]) -> dict[str, frozenset[str]]:
+        asked.append([host.node_id for host in hosts])
+        return {host.node_id: frozenset({f"GPU-{host.node_id}"}) for host in hosts if host.node_id != "silent"}
+
+    there = [Host(node_id=name, address=name, cpus=1, gpus=1) for name in ("a", "b", "silent")]
+    monkeypatch.setattr(fleet, "hosts", lambda group: there)
+    monkeypatch.setattr(fleet, "uuids", uuids)
+    made = Fleet((), threads=1, by_uuid=True)
+    for _ in range(2):
+        assert [host.uuids for host in made.free_hosts()] == [{"GPU-a"}, {"GPU-b"}, frozenset()]
+    assert asked == [["a", "b", "silent"], ["silent"]]
+    assert Fleet((), threads=1).free_hosts() == there

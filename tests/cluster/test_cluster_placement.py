@@ -49,6 +49,34 @@ def test_given_names_are_kept_and_the_others_avoid_them() -> None:
     assert [name for _, _, name in placed([host(0)], devices=devices)] == ["cpu-0", "cpu-1", "big"]
 
 
+def test_a_gpu_with_a_uuid_is_found_on_its_host() -> None:
+    hosts = [
+        dataclasses.replace(host(number, gpus=2), uuids=frozenset(f"GPU-{number}{letter}" for letter in "ab"))
+        for number in range(2)
+    ]
+    listed = ["", "GPU-1b", "GPU-0a", "GPU-1a"]
+    config = RunConfig.from_mapping(settings(devices=[{"kind": "cuda", "uuid": uuid} for uuid in listed]))
+    places = place(config, hosts)
+    assert [(entry.node_id, entry.spec.uuid) for entry in places] == [
+        ("node-0", "GPU-0a"),
+        ("node-0", ""),
+        ("node-1", "GPU-1b"),
+        ("node-1", "GPU-1a"),
+    ]
+    lost = [dataclasses.replace(places[2], node_id="node-1 before its host was lost")]
+    for here, found in ((hosts, "node-1"), (hosts[:1], None)):
+        newcomer = place_another(config, here, places[:2], lost, rank=-1)
+        assert found == (newcomer and newcomer.node_id)
+
+
+def test_a_uuid_that_no_host_has_is_told() -> None:
+    away = dataclasses.replace(host(0, gpus=2), uuids=frozenset({"GPU-0"}))
+    with pytest.raises(NoFreeDevice, match="no device GPU-9 on 1 hosts"):
+        placed([away], devices=[{"kind": "cuda", "uuid": "GPU-9"}])
+    with pytest.raises(NoFreeDevice, match="the host of GPU-0 has no free GPU"):
+        placed([dataclasses.replace(away, gpus=0)], devices=[{"kind": "cuda", "uuid": "GPU-0"}])
+
+
 def test_a_name_twice_on_one_host_is_refused() -> None:
     with pytest.raises(NoFreeDevice, match="two replicas would share the device cpu-0"):
         placed([host(0)], devices=[{"kind": "cpu", "name": "cpu-0"}] * 2)
