@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from revdist.cluster.actor import Location
 from revdist.cluster.fleet import Lost
@@ -83,6 +83,8 @@ def what_failed(failure: Failure) -> str:
 
 def why(error: Exception) -> str:
     """What kept an actor from answering a call, in a few words."""
+    if isinstance(error, GetTimeoutError):
+        return "it did not answer in time"
     if isinstance(error, RayError):
         return _explain(Lost(-1, str(error)))[0]
     first_line = str(error).partition("\n")[0]

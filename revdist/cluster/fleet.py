@@ -29,6 +29,8 @@ _LOOK_S = 0.2
 _POLL_S = 5.0
 """Longest a call for reports waits in the actor: they come as soon as there are any."""
 
+_CO_TENANT_S = 5.0
+"""Longest wait for a replica to start or end a co-tenant: nothing is supervised meanwhile."""
 _LAST_WORDS_S = 2.0
 """Longest wait for what ranks printed at the end."""
 
@@ -266,14 +268,18 @@ class Fleet:
             one.actor.stop.remote(reason)
 
     def start_co_tenant(self, member: int, co_tenant: CoTenantConfig) -> int:
-        """Start a co-tenant on a member's host; returns its pid."""
-        pid: int = self.get(self._known[member].actor.start_co_tenant.remote(co_tenant))
+        """Start a co-tenant on a member's host; returns its pid. Raises RayError where it does not answer in time."""
+        call = self._known[member].actor.start_co_tenant.remote(co_tenant)
+        pid: int = self.get(call, timeout_s=_CO_TENANT_S)
         return pid
 
     def end_co_tenant(self, member: int, co_tenant: CoTenantConfig) -> None:
-        """Let a co-tenant give its memory back; it has, where the member that started it is lost."""
+        """Let a co-tenant give its memory back; it has, where the member that started it is lost.
+
+        Raises RayError where that member does not answer in time.
+        """
         if member in self._known:
-            self.get(self._known[member].actor.end_co_tenant.remote(co_tenant))
+            self.get(self._known[member].actor.end_co_tenant.remote(co_tenant), timeout_s=_CO_TENANT_S)
 
     def forget(self, member: int) -> None:
         """End a member's actor, which need not answer any more, and do without it."""
@@ -308,10 +314,10 @@ class Fleet:
             ray.wait(calls, num_returns=len(calls), timeout=_DEATH_S)  # each fails once its actor is gone
 
     @staticmethod
-    def get(call: Any) -> Any:
-        """The answer to a call. Raises what it raised in the actor."""
+    def get(call: Any, *, timeout_s: float | None = None) -> Any:
+        """The answer to a call. Raises what it raised in the actor, and GetTimeoutError where that takes longer."""
         try:
-            return ray.get(call)
+            return ray.get(call, timeout=timeout_s)
         except RayTaskError as error:
             raise error.cause from None
 

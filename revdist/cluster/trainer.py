@@ -240,11 +240,13 @@ class Trainer:
     ) -> Crew:
         """Replicas on the devices that are free, at work on their first group. look: called while that takes long."""
         from revdist.cluster.crew import Crew
+        from revdist.cluster.rehearsal import check_devices
 
         places, fleet = self._place(claim.record.run_id if claim.record.detached else None, look=look)
         try:
             located = fleet.locate(_addresses(places, fleet), look=look)
             locations = dict(zip(fleet.members, located, strict=True))
+            check_devices(self.config.co_tenants, locations)
             observer.on_start(claim.run_dir, [location.reading for location in locations.values()])
             return Crew.at_work(fleet, dict(zip(fleet.members, places, strict=True)), locations, assign)
         except BaseException:

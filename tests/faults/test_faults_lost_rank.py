@@ -64,6 +64,17 @@ def test_one_that_ray_s_memory_monitor_kills_is_lost_as_any_other(
     assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
 
 
+@pytest.mark.slow
+def test_a_co_tenant_of_a_lost_rank_s_device_is_done_without(unharmed: Unharmed, tmp_path: Path) -> None:
+    harm = Harm(10, signals("cpu-1"))
+    co_tenant = {"device": "cpu-1", "take": "1MiB", "from_step": 20, "to_step": 40}
+    workers = {"max_restarts": 0}
+    result = run(tmp_path / "run", harm, epochs=None, steps=STEPS, data=SLOW, workers=workers, co_tenants=[co_tenant])
+    assert len(harm.kinds("lost")) == 1
+    assert not [event for event in harm.kinds("co-tenant") if "takes" in event["detail"]]
+    assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
+
+
 def test_a_frozen_rank_is_given_up_and_ended(unharmed: Unharmed, tmp_path: Path) -> None:
     harm = Harm(10, signals("cpu-1", number=signal.SIGSTOP))
     faults, workers = {"heartbeat_s": 2}, {"max_restarts": 0}
