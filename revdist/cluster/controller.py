@@ -80,7 +80,7 @@ class Controller:
         self._checkpoint_folder = checkpoint_folder
         self._stop_reason = stop_reason
         self._logs = LogGatherer(observer)
-        self._rehearsal = Rehearsal(config.co_tenants, crew.locations, crew.fleet)
+        self._rehearsal = Rehearsal(config.co_tenants, crew.fleet, present=lambda: self._mender.present)
         self._plans = PlanHistory()
         self._ended: dict[int, EndReport] = {}
         self._early_events: list[dict[str, Any]] = []
@@ -330,15 +330,11 @@ class Controller:
         why = "a replica was lost before the first step" if self._origin is None else "no replica is left"
         detail = f"{why}: all start again from {source}, restart {restarts} of {allowed}"
         self._event(run_event("restart", self._step, detail, restarts=restarts))
-        over = self._step
         try:
             crew = self._restarter.restart(self._fleet)
         except NoFreeDevice as trouble:
             raise self._failed(RunFailed(f"{error.message}; and {trouble.message}", **error.facts)) from trouble
         self._lead(crew, restarts=restarts)
-        there = {location.reading.name for location in crew.locations.values()}
-        coming = [one for one in self._config.co_tenants if one.to_step > over and one.device in there]
-        self._rehearsal = Rehearsal(coming, crew.locations, crew.fleet)
         self._observer.on_regroup(self._mender.readings)
         return True
 

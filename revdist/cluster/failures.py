@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ray.exceptions import GetTimeoutError, RayError
+
 from revdist.cluster.actor import Location
 from revdist.cluster.fleet import Lost
 from revdist.errors import BudgetTooSmall, DeviceError, RevdistError, RunFailed, UsageError
@@ -79,6 +81,16 @@ def what_failed(failure: Failure) -> str:
     return _explain(failure)[0]
 
 
+def why(error: Exception) -> str:
+    """What kept an actor from answering a call, in a few words."""
+    if isinstance(error, GetTimeoutError):
+        return "it did not answer in time"
+    if isinstance(error, RayError):
+        return _explain(Lost(-1, str(error)))[0]
+    first_line = str(error).partition("\n")[0]
+    return first_line if isinstance(error, RevdistError) else f"{type(error).__name__}: {first_line}"
+
+
 def describe(failure: Failure, location: Location) -> str:
     """Which rank is lost, where it ran, and why."""
     where = f"rank {failure.rank} on {location.host} ({location.reading.name}, process {location.pid})"
@@ -90,6 +102,17 @@ def _explain(failure: Failure) -> tuple[str, str, dict[str, object]]:
     if isinstance(failure, FailureReport):
         message, _, remedy = failure.error.message.partition("; ")
         return f"step {failure.step}: {message}", remedy, failure.error.facts
+    if "running low on memory" in failure.detail:
+        return (
+            "its process was killed by Ray's memory monitor: the host was nearly out of memory",
+            "free memory on the host or let fewer replicas run there, or start Ray with RAY_memory_usage_threshold "
+            "nearer to 1, or RAY_memory_monitor_refresh_ms=0, which turns the monitor off",
+            {},
+        )
+    if "not schedulable" in failure.detail:
+        return "its host left the cluster before its process had started", "look at the host", {}
+    if "creation task" in failure.detail:
+        return f"its process could not start: {failure.detail.splitlines()[-1]}", "see what its host has installed", {}
     if "did not answer" in failure.detail:
         return failure.detail, "look at the host and the way to it, or set faults.heartbeat_s higher", {}
     code = re.search(r"exit code (\d+)|connection error code \d+", failure.detail)

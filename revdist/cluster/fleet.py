@@ -12,15 +12,15 @@ from concurrent.futures import Future
 from typing import Any, final
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from revdist.cluster.actor import NUM_THREADS, Location, ReplicaActor
 from revdist.cluster.errands import Errands
+from revdist.cluster.inventory import uuids
 from revdist.cluster.placement import Host, Place
 from revdist.config import CoTenantConfig
-from revdist.errors import RevdistError
 from revdist.training.orders import Assignment, Regroup, Shares
 from revdist.training.reports import LogReport, Report
 
@@ -29,6 +29,8 @@ _LOOK_S = 0.2
 _POLL_S = 5.0
 """Longest a call for reports waits in the actor: they come as soon as there are any."""
 
+_CO_TENANT_S = 5.0
+"""Longest wait for a replica to start or end a co-tenant: nothing is supervised meanwhile."""
 _LAST_WORDS_S = 2.0
 """Longest wait for what ranks printed at the end."""
 
@@ -118,11 +120,15 @@ class Fleet:
         threads: int,
         run_id: str | None = None,
         placement_group: PlacementGroup | None = None,
+        by_uuid: bool = False,
     ) -> None:
         """run_id: given, the actors outlive this process, and are found again by it.
         placement_group: whose bundles the places name.
+        by_uuid: devices are told apart by UUID, so hosts have to be asked for theirs.
         """
         self._threads = threads
+        self._by_uuid = by_uuid
+        self._uuids: dict[str, frozenset[str]] = {}
         self._placement_group = placement_group
         self._run_id = run_id
         self._known: dict[int, Known] = {}
@@ -166,7 +172,11 @@ class Fleet:
 
     def free_hosts(self) -> list[Host]:
         """Where the run may start further actors, with what is free there."""
-        return hosts(self._placement_group)
+        found = hosts(self._placement_group)
+        if not self._by_uuid or len({host.node_id for host in found}) == 1:
+            return found
+        self._uuids |= uuids([host for host in found if host.node_id not in self._uuids])
+        return [dataclasses.replace(host, uuids=self._uuids.get(host.node_id, frozenset())) for host in found]
 
     def look_for_hosts(self) -> Future[list[Host]]:
         """As `free_hosts`, without waiting for the Ray head."""
@@ -192,7 +202,7 @@ class Fleet:
         ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
         located = {}
         for call in ready:
-            with contextlib.suppress(RayError, RevdistError):
+            with contextlib.suppress(Exception):  # whatever its process raised: a host may lack anything
                 located[calls[call]] = self.get(call)
         return {member: located[member] for member in addresses if member in located}
 
@@ -220,7 +230,9 @@ class Fleet:
                 continue
             try:
                 self._last[member], reports = ray.get(call)
-            except RayActorError as error:
+            except RayTaskError:  # it is alive, and `reports` itself is at fault
+                raise
+            except RayError as error:  # not RayActorError alone: Ray's memory monitor says OutOfMemoryError
                 yield member, Lost(member, str(error))
                 continue
             self._hear(member)
@@ -264,14 +276,18 @@ class Fleet:
             one.actor.stop.remote(reason)
 
     def start_co_tenant(self, member: int, co_tenant: CoTenantConfig) -> int:
-        """Start a co-tenant on a member's host; returns its pid."""
-        pid: int = self.get(self._known[member].actor.start_co_tenant.remote(co_tenant))
+        """Start a co-tenant on a member's host; returns its pid. Raises RayError where it does not answer in time."""
+        call = self._known[member].actor.start_co_tenant.remote(co_tenant)
+        pid: int = self.get(call, timeout_s=_CO_TENANT_S)
         return pid
 
     def end_co_tenant(self, member: int, co_tenant: CoTenantConfig) -> None:
-        """Let a co-tenant give its memory back; it has, where the member that started it is lost."""
+        """Let a co-tenant give its memory back; it has, where the member that started it is lost.
+
+        Raises RayError where that member does not answer in time.
+        """
         if member in self._known:
-            self.get(self._known[member].actor.end_co_tenant.remote(co_tenant))
+            self.get(self._known[member].actor.end_co_tenant.remote(co_tenant), timeout_s=_CO_TENANT_S)
 
     def forget(self, member: int) -> None:
         """End a member's actor, which need not answer any more, and do without it."""
@@ -290,7 +306,7 @@ class Fleet:
         }
         ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_LAST_WORDS_S) if calls else ([], [])
         for call in ready:
-            with contextlib.suppress(RayActorError, RayTaskError):
+            with contextlib.suppress(RayError):
                 yield calls[call], ray.get(call)
 
     def kill(self) -> None:
@@ -306,10 +322,10 @@ class Fleet:
             ray.wait(calls, num_returns=len(calls), timeout=_DEATH_S)  # each fails once its actor is gone
 
     @staticmethod
-    def get(call: Any) -> Any:
-        """The answer to a call. Raises what it raised in the actor."""
+    def get(call: Any, *, timeout_s: float | None = None) -> Any:
+        """The answer to a call. Raises what it raised in the actor, and GetTimeoutError where that takes longer."""
         try:
-            return ray.get(call)
+            return ray.get(call, timeout=timeout_s)
         except RayTaskError as error:
             raise error.cause from None
 
@@ -341,7 +357,7 @@ class Fleet:
         for question in answered:
             heart = questions[question]
             heart.question = None
-            with contextlib.suppress(RayActorError):  # that it died is said where its reports are asked for
+            with contextlib.suppress(RayError):  # that it died is said where its reports are asked for
                 ray.get(question)
                 heart.heard_s = max(heart.heard_s, now_s)
         for member, heart in self._hearts.items():

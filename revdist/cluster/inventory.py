@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from revdist.cluster.local import ray_cluster
+from revdist.cluster.placement import Host
 from revdist.devices.reading import Reading
 
 ANSWER_S = 20.0
@@ -27,28 +28,45 @@ def cluster_devices(address: str) -> Iterator[Callable[[], list[Reading]]]:
 
 def read_all() -> list[Reading]:
     """Devices of every host of the connected cluster. A host that does not answer is listed with its trouble."""
+    from revdist.cluster.fleet import hosts
+
+    readings: list[Reading] = []
+    for host, answer in _ask(hosts()):
+        readings.extend([_no_answer(host.address, answer)] if isinstance(answer, str) else answer)
+    return readings
+
+
+def uuids(hosts: Sequence[Host]) -> dict[str, frozenset[str]]:
+    """Per node: the UUIDs of its devices. Hosts that do not answer are left out."""
+    one_per_node = {host.node_id: host for host in hosts}.values()
+    return {
+        host.node_id: frozenset(reading.uuid for reading in answer)
+        for host, answer in _ask(list(one_per_node))
+        if not isinstance(answer, str)
+    }
+
+
+def _ask(hosts: Sequence[Host]) -> list[tuple[Host, list[Reading] | str]]:
+    """Each host's devices, or why it does not answer."""
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from revdist.cluster.fleet import hosts
-
     folder = os.environ.get("REVDIST_DEVICES_DIR")
     task = ray.remote(num_cpus=0)(_read_host)
-    calls: dict[str, Any] = {
-        host.address: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(host.node_id, soft=False)).remote(
-            folder
-        )
-        for host in hosts()
-    }
-    ray.wait(list(calls.values()), num_returns=len(calls), timeout=ANSWER_S)
-    readings: list[Reading] = []
-    for address, call in calls.items():
+    calls: list[Any] = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(host.node_id, soft=False)).remote(folder)
+        for host in hosts
+    ]
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=ANSWER_S)
+    answers: list[tuple[Host, list[Reading] | str]] = []
+    for host, call in zip(hosts, calls, strict=True):
         try:
-            readings.extend(ray.get(call, timeout=0))
+            answers.append((host, ray.get(call, timeout=0)))
         except RayError as error:
-            readings.append(_no_answer(address, type(error).__name__))
-    return readings
+            answers.append((host, type(error).__name__))
+    return answers
 
 
 def _read_host(folder: str | None) -> list[Reading]:

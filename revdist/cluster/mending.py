@@ -75,6 +75,11 @@ class Mender:
         return [member for member in self._groups.working if member not in self._lost and member not in self._new]
 
     @property
+    def present(self) -> dict[int, tuple[int, Location]]:
+        """The ranks of those, and where they are."""
+        return {member: (self._groups.rank_of(member), self._locations[member]) for member in self.holding}
+
+    @property
     def failures(self) -> dict[int, Failure]:
         """What happened to members since the group was last mended."""
         return dict(self._new)

@@ -13,13 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, final
 
-from ray.exceptions import RayActorError
-
 from revdist.cluster.actor import Location
+from revdist.cluster.failures import why
 from revdist.cluster.fleet import Fleet
-from revdist.cluster.placement import Host, Place, place_another
+from revdist.cluster.placement import Host, Place, is_like, missing, place_another
 from revdist.config import RunConfig
-from revdist.errors import RevdistError
 from revdist.training.orders import Assignment
 
 _LOOK_S = 1.0
@@ -65,14 +63,10 @@ class Recruiter:
         self._places = dict(places)
         self._assign = assign
         self._tell = tell
-        placed = {place.spec.name for place in places.values()}
         listed = () if config.devices == "auto" else config.devices
         # Where another supervisor led the run so far, or all began again, devices may be missing already.
-        self._lost = [
-            Place(rank=-1, node_id="", address="", spec=spec)
-            for spec in listed
-            if spec.name and spec.name not in placed
-        ]
+        absent = missing(listed, tuple(places.values()))
+        self._lost = [Place(rank=-1, node_id="", address="", spec=spec) for spec in absent]
         self._restarts = restarts
         self._is_restarting = False
         """Whether the last restart is on its way: nobody of it is ready or has failed."""
@@ -105,7 +99,7 @@ class Recruiter:
         """A member is lost; whether it will be replaced where a device is found."""
         self._lost.append(self._places.pop(member))
         self._next_look_s = time.monotonic() + _LOOK_S
-        return self._restarts < self._config.workers.max_restarts
+        return self._may_replace
 
     def is_newcomer(self, member: int) -> bool:
         return member in self._newcomers
@@ -160,16 +154,15 @@ class Recruiter:
         """Start a newcomer on every device that is free."""
         now_s = time.monotonic()
         room = [one for one in hosts if self._shunned_until_s.get(one.node_id, now_s) <= now_s]
-        lost = self._lost if self._restarts < self._config.workers.max_restarts else []
-        num_lost = len(self._lost)
+        may_replace, num_lost = self._may_replace, len(self._lost)
         while len(self._places) < self.most_members:
-            place = place_another(self._config, room, tuple(self._places.values()), lost, rank=-1)
+            taken = tuple(self._places.values())
+            place = place_another(self._config, room, taken, self._lost, rank=-1, replace=may_replace)
             if place is None:
                 break
             room = [host.without(place, threads=self._config.threads_per_worker) for host in room]
-            before = next((one for one in lost if one.spec == place.spec), None)
-            if before is not None:
-                lost.remove(before)
+            if may_replace:
+                self._replace(place)
             member = self._fleet.add(place)
             self._places[member] = place
             found = self._fleet.find(member, place.address)
@@ -178,14 +171,25 @@ class Recruiter:
             self._restarts += 1
             self._is_restarting = True
 
+    def _replace(self, place: Place) -> None:
+        """Strike out who was lost, where a newcomer is placed in its stead."""
+        like = [one for one in self._lost if is_like(place.spec, one.spec)]
+        if like:
+            self._lost.remove(min(like, key=lambda one: (one.spec != place.spec, one.node_id != place.node_id)))
+
+    @property
+    def _may_replace(self) -> bool:
+        return self._restarts < self._config.workers.max_restarts
+
     @property
     def _may_look(self) -> bool:
         """Whether a look can find anything: asking the cluster is not free."""
-        return bool(self._lost) or self._config.devices == "auto"
+        return (bool(self._lost) and self._may_replace) or self._config.devices == "auto"
 
     def _start(self, member: int, newcomer: _Newcomer) -> None:
+        assignment = self._assign()
         try:
             newcomer.location = self._fleet.get(newcomer.found)
-            self._fleet.start({member: self._assign()})
-        except (RayActorError, RevdistError) as error:
-            self.fail(member, str(error).splitlines()[0])
+            self._fleet.start({member: assignment})
+        except Exception as error:  # whatever its process raised: a host that joins may lack anything
+            self.fail(member, why(error))

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import final
 
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from revdist.cluster.crew import Assign, Crew
+from revdist.cluster.failures import why
 from revdist.cluster.fleet import Fleet
 from revdist.cluster.placement import place
 from revdist.config import RunConfig
@@ -96,9 +97,9 @@ class Restarter:
         resume = bool(checkpoints(self._checkpoint_folder))
         try:
             return Crew.at_work(fleet, {member: places[member] for member in located}, located, self._assign(resume))
-        except RayActorError as error:
+        except RayError as error:
             _forget(fleet, located)
-            raise NoFreeDevice(f"a replica that starts again died: {error}") from error
+            raise NoFreeDevice(f"a replica that starts again died: {why(error)}") from error
 
 
 def _forget(fleet: Fleet, members: Iterable[int]) -> None:

@@ -36,11 +36,13 @@ class Heritage:
     """As they are on the deputy's host."""
 
 
-def find(run_id: str, *, threads: int, heartbeat_s: float, heritage: Heritage | None = None) -> Crew | None:
+def find(
+    run_id: str, *, threads: int, heartbeat_s: float, heritage: Heritage | None = None, by_uuid: bool = False
+) -> Crew | None:
     """The replicas of a run that are alive in the connected cluster; None where there are none.
 
     Those that had not joined yet, and those that do not answer within `heartbeat_s` of the first, are ended.
-    heritage: what is known of them already; None: the Ray head is asked.
+    heritage: what is known of them already; None: the Ray head is asked. by_uuid: as `Fleet`.
     """
     known = {m: Known(actor, "") for m, actor in _actors(run_id).items()} if heritage is None else heritage.known
     lost = frozenset[int]() if heritage is None else heritage.lost
@@ -59,7 +61,7 @@ def find(run_id: str, *, threads: int, heartbeat_s: float, heritage: Heritage | 
         for one in known.values():
             ray.kill(one.actor)
         return None
-    fleet = Fleet((), threads=threads, run_id=run_id)
+    fleet = Fleet((), threads=threads, run_id=run_id, by_uuid=by_uuid)
     places = {member: standing.place for member, standing in standings.items()}
     placed = {m: Known(known[m].actor, place.address) for m, place in places.items()}
     fleet.take_over({**known, **placed}, next_member=max(known) + 1)

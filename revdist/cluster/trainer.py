@@ -7,7 +7,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -189,12 +189,12 @@ class Trainer:
                 summary = controller.run()
             return Result(run_dir=run_dir, metrics=summary, plans=controller.final_plans)
         finally:
-            if controller is not None:
-                controller.gather_logs()
-            logs.close()
-            writer.close()
-            if not lifelines.head_is_gone:  # else Ray ends them, and cannot be asked to
-                crew.fleet.kill()
+            with ExitStack() as ending:  # last in, first out, and each whatever the others raise
+                ending.callback(_end, crew.fleet, lifelines)
+                ending.callback(writer.close)
+                ending.callback(logs.close)
+                if controller is not None:
+                    ending.callback(controller.gather_logs)
 
     def _succession(self, claim: RunClaim, fleet: Fleet) -> AbstractContextManager[object]:
         """Keeps a deputy where replicas outlive their supervisor and may do so on other hosts."""
@@ -208,11 +208,13 @@ class Trainer:
         """The replicas of this run that outlived their driver; None where there are none, or none is alive."""
         if claim.orphans is None:
             return None
+        from revdist.cluster.placement import names_uuids
         from revdist.cluster.takeover import find
         from revdist.training.checkpoint_files import newest
 
         threads, heartbeat_s = self.config.threads_per_worker, self.config.faults.heartbeat_s
-        crew = find(claim.orphans, threads=threads, heartbeat_s=heartbeat_s, heritage=heritage)
+        by_uuid = names_uuids(self.config)
+        crew = find(claim.orphans, threads=threads, heartbeat_s=heartbeat_s, heritage=heritage, by_uuid=by_uuid)
         if crew is None and self.resume:
             newest(self._checkpoint_folder(claim.run_dir))
         if crew is not None:
@@ -221,11 +223,10 @@ class Trainer:
 
     def _start_after_loss(self, claim: RunClaim, observer: Observer, restarter: Restarter) -> Crew:
         """Replicas where those of a killed driver are gone too: perhaps with hosts, which Ray misses a minute later."""
-        from revdist.cluster.fleet import Fleet
         from revdist.cluster.takeover import next_member
 
-        run_id, group = claim.record.run_id, self._present_placement_group()
-        fleet = Fleet((), threads=self.config.threads_per_worker, run_id=run_id, placement_group=group)
+        run_id = claim.record.run_id
+        fleet = self._empty_fleet(run_id)
         fleet.take_over({}, next_member=next_member(run_id))
         try:
             crew = restarter.restart(fleet)
@@ -240,11 +241,13 @@ class Trainer:
     ) -> Crew:
         """Replicas on the devices that are free, at work on their first group. look: called while that takes long."""
         from revdist.cluster.crew import Crew
+        from revdist.cluster.rehearsal import check_devices
 
         places, fleet = self._place(claim.record.run_id if claim.record.detached else None, look=look)
         try:
             located = fleet.locate(_addresses(places, fleet), look=look)
             locations = dict(zip(fleet.members, located, strict=True))
+            check_devices(self.config.co_tenants, locations)
             observer.on_start(claim.run_dir, [location.reading for location in locations.values()])
             return Crew.at_work(fleet, dict(zip(fleet.members, places, strict=True)), locations, assign)
         except BaseException:
@@ -255,21 +258,34 @@ class Trainer:
         self, run_id: str | None = None, *, look: Callable[[], None] = lambda: None
     ) -> tuple[Sequence[Place], Fleet]:
         """Where replicas go, and their actors. run_id: given, they outlive this process. look: called while waiting."""
-        from revdist.cluster.fleet import Fleet, hosts
         from revdist.cluster.placement import place
 
-        group = self._present_placement_group()
+        fleet = self._empty_fleet(run_id)
         patient_until_s = time.monotonic() + _RESOURCES_S
         while True:
             try:
-                places = place(self.config, hosts(group))
-                fleet = Fleet(places, threads=self.config.threads_per_worker, run_id=run_id, placement_group=group)
-                return places, fleet
+                places = place(self.config, fleet.free_hosts())
             except NoFreeDevice:
                 if time.monotonic() > patient_until_s:
                     raise
+            else:
+                for one in places:
+                    fleet.add(one)
+                return places, fleet
             look()
             time.sleep(0.1)
+
+    def _empty_fleet(self, run_id: str | None) -> Fleet:
+        from revdist.cluster.fleet import Fleet
+        from revdist.cluster.placement import names_uuids
+
+        return Fleet(
+            (),
+            threads=self.config.threads_per_worker,
+            run_id=run_id,
+            placement_group=self._present_placement_group(),
+            by_uuid=names_uuids(self.config),
+        )
 
     def _present_placement_group(self) -> PlacementGroup | None:
         from ray.util import get_current_placement_group
@@ -362,6 +378,11 @@ class Trainer:
         """Cores that a cluster of our own must offer."""
         num_devices = 1 if self.config.devices == "auto" else len(self.config.devices)
         return num_devices * self.config.threads_per_worker
+
+
+def _end(fleet: Fleet, lifelines: Lifelines) -> None:
+    if not lifelines.head_is_gone:  # else Ray ends them, and cannot be asked to
+        fleet.kill()
 
 
 def _addresses(places: Sequence[Place], fleet: Fleet) -> dict[int, str]:

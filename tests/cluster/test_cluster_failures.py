@@ -6,12 +6,13 @@ import pickle
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnschedulableError, RayError
 from runs import cpu_reading
 
 from revdist.cluster.actor import Location
-from revdist.cluster.failures import first_failure, run_failed
+from revdist.cluster.failures import first_failure, run_failed, why
 from revdist.cluster.fleet import Lost
-from revdist.errors import BudgetTooSmall, FactoryError, NonFiniteLoss, RevdistError, RunFailed
+from revdist.errors import BudgetTooSmall, DeviceNotFound, FactoryError, NonFiniteLoss, RevdistError, RunFailed
 from revdist.training.reports import FailureReport
 
 HERE = Location(
@@ -70,7 +71,29 @@ def test_the_kind_of_failure_is_kept() -> None:
         ("Worker exits unexpectedly: SIGKILL", "its process was killed"),
         ("Worker exits with exit code 3.", "its process ended (exit code 3)"),
         ("the node died", "its process was killed"),
+        ("1 worker(s) were killed due to the node running low on memory. Memory ...", "Ray's memory monitor"),
+        ("1 worker(s) were killed due to the node running low on memory. Memory ...", "RAY_memory_usage_threshold"),
     ],
 )
 def test_a_lost_process_is_said_to_be_lost(detail: str, said: str) -> None:
     assert said in failed(Lost(1, detail)).message
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DeviceNotFound("no device cpu-7"), "no device cpu-7"),
+        (OSError(98, "Address already in use"), "OSError: [Errno 98] Address already in use"),
+        (ValueError(), "ValueError: "),
+        (
+            ActorUnschedulableError("The node specified doesn't exist any more or is infeasible."),
+            "its host left the cluster before its process had started",
+        ),
+        (
+            RayError("The actor died because of an error raised in its creation task, ...\nImportError: no module x"),
+            "its process could not start: ImportError: no module x",
+        ),
+    ],
+)
+def test_a_newcomer_s_failure_is_told_in_a_few_words(error: Exception, said: str) -> None:
+    assert why(error) == said

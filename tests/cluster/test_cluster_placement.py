@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from runs import settings
 
-from revdist.cluster.placement import Host, Place, place, place_another
-from revdist.config import RunConfig
+from revdist.cluster.placement import Host, Place, missing, place, place_another
+from revdist.config import DeviceSpec, RunConfig
 from revdist.errors import BatchTooSmall, NoFreeDevice
 
 
@@ -47,6 +47,34 @@ def test_cpu_devices_are_dealt_out_and_ranks_of_a_host_are_neighbours() -> None:
 def test_given_names_are_kept_and_the_others_avoid_them() -> None:
     devices = [{"kind": "cpu", "name": "cpu-0"}, {"kind": "cpu"}, {"kind": "cpu", "name": "big"}]
     assert [name for _, _, name in placed([host(0)], devices=devices)] == ["cpu-0", "cpu-1", "big"]
+
+
+def test_a_gpu_with_a_uuid_is_found_on_its_host() -> None:
+    hosts = [
+        dataclasses.replace(host(number, gpus=2), uuids=frozenset(f"GPU-{number}{letter}" for letter in "ab"))
+        for number in range(2)
+    ]
+    listed = ["", "GPU-1b", "GPU-0a", "GPU-1a"]
+    config = RunConfig.from_mapping(settings(devices=[{"kind": "cuda", "uuid": uuid} for uuid in listed]))
+    places = place(config, hosts)
+    assert [(entry.node_id, entry.spec.uuid) for entry in places] == [
+        ("node-0", "GPU-0a"),
+        ("node-0", ""),
+        ("node-1", "GPU-1b"),
+        ("node-1", "GPU-1a"),
+    ]
+    lost = [dataclasses.replace(places[2], node_id="node-1 before its host was lost")]
+    for here, found in ((hosts, "node-1"), (hosts[:1], None)):
+        newcomer = place_another(config, here, places[:2], lost, rank=-1)
+        assert found == (newcomer and newcomer.node_id)
+
+
+def test_a_uuid_that_no_host_has_is_told() -> None:
+    away = dataclasses.replace(host(0, gpus=2), uuids=frozenset({"GPU-0"}))
+    with pytest.raises(NoFreeDevice, match="no device GPU-9 on 1 hosts"):
+        placed([away], devices=[{"kind": "cuda", "uuid": "GPU-9"}])
+    with pytest.raises(NoFreeDevice, match="the host of GPU-0 has no free GPU"):
+        placed([dataclasses.replace(away, gpus=0)], devices=[{"kind": "cuda", "uuid": "GPU-0"}])
 
 
 def test_a_name_twice_on_one_host_is_refused() -> None:
@@ -111,6 +139,56 @@ def test_a_host_that_joins_is_a_further_device_where_devices_are_automatic() -> 
     assert another([host(0), host(1)], [first], [], devices="auto") == ("node-1", "cpu-0")
     assert another([host(0)], [first], [], devices="auto") is None
     assert another([host(0), host(1)], [first], [], devices=THREE) is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "there", "absent"),
+    [
+        ([{"kind": "cuda"}] * 3, [0, 1], [{"kind": "cuda"}]),
+        ([{"kind": "cuda", "uuid": f"GPU-{n}"} for n in range(3)], [0, 2], [{"kind": "cuda", "uuid": "GPU-1"}]),
+        ([{"kind": "cpu", "name": "cpu-0"}] * 2, [0], [{"kind": "cpu", "name": "cpu-0"}]),
+        ([{"kind": "cpu"}, {"kind": "cpu", "name": "big"}], [1], [{"kind": "cpu"}]),
+        (
+            [{"kind": "cpu", "capacity": "1MiB"}, {"kind": "cpu", "capacity": "2MiB"}],
+            [1],
+            [{"kind": "cpu", "capacity": "1MiB"}],
+        ),
+    ],
+    ids=["GPUs", "GPUs by UUID", "one name on two hosts", "one without a name", "capacities"],
+)
+def test_devices_listed_that_have_no_replica_are_missing(
+    devices: list[dict[str, str]], there: list[int], absent: list[dict[str, str]]
+) -> None:
+    config = RunConfig.from_mapping(settings(devices=devices))
+    places = place(config, [host(0, cpus=1, gpus=2), host(1, gpus=2)])
+    found = missing(cast(Any, config.devices), [places[rank] for rank in there])
+    assert found == [DeviceSpec.model_validate(one) for one in absent]
+
+
+def test_a_device_listed_without_a_name_gets_one_that_is_free_on_its_host() -> None:
+    devices = [{"kind": "cpu"}, {"kind": "cpu"}, {"kind": "cpu", "name": "cpu-1"}]
+    config = RunConfig.from_mapping(settings(devices=devices))
+    first, *_ = place(config, [host(0)])
+    lost = [Place(rank=-1, node_id="", address="", spec=DeviceSpec(kind="cpu"))]
+    assert another([host(0)], [first], lost, devices=devices) == ("node-0", "cpu-2")
+    assert another([host(1)], [first], lost, devices=devices) == ("node-1", "cpu-0")
+
+
+def test_what_was_lost_goes_back_to_its_own_host_while_another_lost_one_s_is_away() -> None:
+    hosts = [host(number, gpus=1) for number in range(3)]
+    first, *lost = place(RunConfig.from_mapping(settings(devices="auto")), hosts)
+    assert another([host(2, gpus=1)], [first], lost, devices="auto") == ("node-2", "")
+    assert another([host(1, gpus=1), host(2, gpus=1)], [first], lost[1:], devices="auto") == ("node-2", "")
+
+
+def test_a_bundle_that_was_lost_is_no_new_one_beside_another_of_its_host() -> None:
+    bundles = [dataclasses.replace(host(0, cpus=1), bundle=number) for number in range(2)]
+    config = RunConfig.from_mapping(settings(devices="auto"))
+    first, lost = place(config, bundles)
+    found = place_another(config, bundles, [first], [lost], rank=-1)
+    assert found is not None
+    assert found.bundle == 1
+    assert place_another(config, bundles, [first], [lost], rank=-1, replace=False) is None
 
 
 def test_bundles_of_a_placement_group_are_places_of_their_own() -> None:

@@ -6,9 +6,11 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import ActorUnschedulableError
 from runs import settings
 
 from revdist.cluster import recruiting
+from revdist.cluster.failures import why
 from revdist.cluster.fleet import Fleet
 from revdist.cluster.placement import Host, Place
 from revdist.cluster.recruiting import Recruiter
@@ -22,6 +24,9 @@ class EmptyFleet:
         self.hosts = list(hosts)
         self.added: list[Place] = []
         self.forgotten: list[int] = []
+        self.told: list[str] = []
+        self.raises: Exception | None = None
+        """What newcomers answer with; None: not at all."""
 
     def look_for_hosts(self) -> Future[list[Host]]:
         looked: Future[list[Host]] = Future()
@@ -36,7 +41,11 @@ class EmptyFleet:
         return member
 
     def has_come(self, call: Any) -> bool:
-        return False
+        return self.raises is not None
+
+    def get(self, call: Any) -> Any:
+        assert self.raises is not None
+        raise self.raises
 
     def forget(self, member: int) -> None:
         self.forgotten.append(member)
@@ -50,10 +59,11 @@ def place(node: str, spec: DeviceSpec) -> Place:
     return Place(rank=0, node_id=node, address=node, spec=spec)
 
 
-def recruiter(fleet: EmptyFleet, first: Place, **changes: Any) -> Recruiter:
-    config = RunConfig.from_mapping(settings(devices="auto", global_batch=64, **changes))
-    told: list[str] = []
-    return Recruiter(config, cast(Fleet, fleet), {0: first}, assign=cast(Any, None), tell=told.append)
+def recruiter(fleet: EmptyFleet, *places: Place, **changes: Any) -> Recruiter:
+    config = RunConfig.from_mapping(settings(**{"devices": "auto", "global_batch": 64, **changes}))
+    return Recruiter(
+        config, cast(Fleet, fleet), dict(enumerate(places)), assign=lambda: cast(Any, None), tell=fleet.told.append
+    )
 
 
 CUDA = DeviceSpec(kind="cuda")
@@ -109,6 +119,48 @@ def test_members_lost_together_are_one_restart(monkeypatch: pytest.MonkeyPatch) 
     assert not found.lose(104)
 
 
+@pytest.mark.parametrize("spec", [CUDA, CPU], ids=["GPUs", "CPU devices"])
+def test_once_restarts_are_used_up_only_new_hosts_are_taken_in(
+    spec: DeviceSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(recruiting.time, "monotonic", lambda: now_s)
+    fleet = EmptyFleet(host("a", cpus=8), host("b", cpus=8, gpus=1))
+    found = recruiter(fleet, place("a", spec), place("b", spec), workers={"max_restarts": 1})
+
+    def look() -> list[str]:
+        nonlocal now_s
+        now_s += 100
+        found.advance()
+        return [one.node_id for one in fleet.added]
+
+    assert found.lose(1)
+    assert look() == ["b"]
+    found.fail(101, "its device is broken")
+    assert look() == ["b"]
+    assert found.restarts == 1
+    fleet.hosts.append(host("c", cpus=8, gpus=1))
+    assert look() == ["b", "c"]
+    assert found.restarts == 1
+
+
+def test_devices_listed_that_were_missing_at_a_takeover_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(recruiting.time, "monotonic", lambda: now_s)
+    fleet = EmptyFleet(host("a", cpus=8))
+    found = recruiter(
+        fleet, place("a", CPU), devices=[{"kind": "cpu", "name": "cpu-0"}, {"kind": "cpu"}, {"kind": "cpu"}]
+    )
+    found.advance()
+    assert [one.spec.name for one in fleet.added] == ["cpu-1", "cpu-2"]
+    for member in (101, 102):
+        found.is_ready(member)
+    assert found.restarts == 1
+    now_s += 100
+    found.advance()
+    assert len(fleet.added) == 2
+
+
 def test_newcomers_that_fail_together_are_one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 1000.0
     monkeypatch.setattr(recruiting.time, "monotonic", lambda: now_s)
@@ -124,3 +176,14 @@ def test_newcomers_that_fail_together_are_one_try(monkeypatch: pytest.MonkeyPatc
     now_s += 0.2
     found.advance()
     assert len(fleet.added) == 6
+
+
+@pytest.mark.parametrize("error", [OSError("no such address"), ActorUnschedulableError("the node is gone")])
+def test_whatever_a_newcomer_raises_the_run_goes_on_without_it(error: Exception) -> None:
+    fleet = EmptyFleet(host("a", cpus=4), host("b", cpus=8))
+    found = recruiter(fleet, place("a", CPU))
+    found.advance()
+    fleet.raises = error
+    assert found.advance() == {}
+    assert fleet.forgotten == [101]
+    assert fleet.told == [f"cpu-0 on b did not join: {why(error)}"]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hosts
 import pytest
 import torch
-from hosts import RAY_PORT, Host
+from fake_driver import FakeDriver
+from hosts import PYTHON, RAY_PORT, Host, Network
 from runs import settings
 from witness import notes
 
+from revdist.devices.cpu import CpuDevice
 from revdist.training.checkpoint import read_state
 from revdist.training.checkpoint_files import newest
 from revdist.training.run_directory import RunReader
@@ -157,3 +159,31 @@ def test_nothing_of_a_run_is_left_on_any_host(cluster: list[Host], on_three: Run
     assert len(replicas) == 3
     for host in cluster:
         assert not [process for process in host.processes() if "ReplicaActor" in " ".join(process.cmdline())]
+
+
+_WHERE = """
+import json, sys
+import revdist
+print("where", json.dumps([
+    (one.host, one.uuid) for one in revdist.Trainer(json.loads(sys.argv[1]), address=sys.argv[2]).dry_run()
+]))
+"""
+
+
+def test_gpus_listed_by_uuid_are_found_on_their_hosts(
+    fake_driver_library: Path, ledger_device: Callable[..., CpuDevice], tmp_path: Path
+) -> None:
+    with Network(tmp_path) as network:
+        uuids = []
+        for number in range(2):
+            host = network.add()
+            driver = FakeDriver(fake_driver_library, host.home)
+            ledgers = [ledger_device(2**26, f"gpu-{number}{gpu}").ledger_path for gpu in range(2)]
+            uuids += [driver.add_gpu(ledger) for ledger in ledgers]
+            host.start_ray(network.hosts[0] if number else None, environment=driver.env)
+        devices = [{"kind": "cuda", "uuid": uuids[number]} for number in (3, 0, 2, 1)]
+        head, other = network.hosts
+        address = f"{head.address}:{RAY_PORT}"
+        said = head.check([PYTHON, "-c", _WHERE, json.dumps(settings(devices=devices)), address])
+        where = json.loads(said.partition("where ")[2].splitlines()[0])
+        assert where == [[head.name, uuids[0]], [head.name, uuids[1]], [other.name, uuids[3]], [other.name, uuids[2]]]

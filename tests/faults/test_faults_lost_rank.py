@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from harm import SLOW, Harm, assert_nothing_was_lost, final_state, is_dead, run, signals, wait_until
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from revdist.errors import RunFailed
 from revdist.training.run_directory import RunReader
@@ -39,6 +41,38 @@ def test_killed_ranks_lose_no_step(devices: tuple[str, ...], unharmed: Unharmed,
     assert harm.groups[-1] == [f"cpu-{number}" for number in range(3) if f"cpu-{number}" not in devices]
     assert [str(pid) in event["detail"] for event, pid in zip(harm.kinds("lost"), harm.pids, strict=True)]
     assert len(harm.steps[-1]["ranks"]) == 3 - len(devices)
+    assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
+
+
+@pytest.mark.slow
+def test_one_that_ray_s_memory_monitor_kills_is_lost_as_any_other(
+    unharmed: Unharmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray then says OutOfMemoryError in place of ActorDiedError, also of calls that come later."""
+    get = ray.get
+
+    def get_without_memory(*arguments: Any, **options: Any) -> Any:
+        try:
+            return get(*arguments, **options)
+        except RayActorError as error:
+            raise OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.") from error
+
+    monkeypatch.setattr(ray, "get", get_without_memory)
+    harm = Harm(10, signals("cpu-1"))
+    result = run(tmp_path / "run", harm, epochs=None, steps=STEPS, data=SLOW, workers={"max_restarts": 0})
+    (lost,) = harm.kinds("lost")
+    assert "killed by Ray's memory monitor" in lost["detail"]
+    assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
+
+
+@pytest.mark.slow
+def test_a_co_tenant_of_a_lost_rank_s_device_is_done_without(unharmed: Unharmed, tmp_path: Path) -> None:
+    harm = Harm(10, signals("cpu-1"))
+    co_tenant = {"device": "cpu-1", "take": "1MiB", "from_step": 20, "to_step": 40}
+    workers = {"max_restarts": 0}
+    result = run(tmp_path / "run", harm, epochs=None, steps=STEPS, data=SLOW, workers=workers, co_tenants=[co_tenant])
+    assert len(harm.kinds("lost")) == 1
+    assert not [event for event in harm.kinds("co-tenant") if "takes" in event["detail"]]
     assert_nothing_was_lost(harm, result, unharmed(STEPS), steps=STEPS)
 
 
