@@ -72,6 +72,18 @@ def test_scripts_are_shell_that_stops_at_errors(path: Path) -> None:
     assert "set -euo pipefail" in path.read_text()
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_go_on_with_a_run_wherever_its_checkpoints_are(path: Path, tmp_path: Path) -> None:
+    (choice,) = re.findall(r"^RESUME=\(\)\n.*", path.read_text(), flags=re.M)
+    for resumes in ("", "--resume"):
+        script = f'set -euo pipefail\n{choice}\necho "${{RESUME[@]}}"'
+        done = subprocess.run(
+            ["bash", "-c", script], env={"RUN_DIR": str(tmp_path)}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == resumes
+        (tmp_path / "config.yaml").touch()
+
+
 def test_the_cluster_file_matches_ray_s_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     import ray.autoscaler
@@ -118,7 +130,7 @@ def test_the_rayjob_has_the_fields_of_its_kind_and_no_other(rayjob: dict[str, An
 
 
 def test_the_rayjob_starts_what_it_says(rayjob: dict[str, Any], tmp_path: Path) -> None:
-    """Its entry point, run by the shell with a `revdist` that shows what it was given; then with a checkpoint there."""
+    """Its entry point, run by the shell with a `revdist` that shows what it was given; then with a run there."""
     fake = tmp_path / "revdist"
     fake.write_text('#!/bin/sh\necho "$@"\n')
     fake.chmod(0o755)
@@ -134,7 +146,9 @@ def test_the_rayjob_starts_what_it_says(rayjob: dict[str, Any], tmp_path: Path) 
         )
         assert done.stdout.startswith("launch configs/digits-revnet-2cpu.yaml devices=auto co_tenants=[]")
         assert done.stdout.rstrip().endswith("--resume") is resumes
-        (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        assert "checkpoint.every_s=" in done.stdout
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.yaml").touch()
 
 
 def pinned(package: str) -> str:
