@@ -183,7 +183,10 @@ class RunConfig(Section):
     @pydantic.model_validator(mode="after")
     def _has_a_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give the length of the run once: either epochs or steps")
+            example = "epochs=12 or steps=1000"
+            if self.steps is not None:
+                example = f"epochs=null steps={self.steps}, or steps=null"
+            raise ValueError(f"give the length of the run once, either epochs or steps: for example {example}")
         return self
 
     @classmethod
@@ -266,8 +269,8 @@ def _explain(errors: list[Any], root: type[pydantic.BaseModel]) -> str:
         elif error["type"] == "missing":
             lines.append(f"key {key!r} is missing")
         else:
-            where = f"{key}: " if key else ""
-            lines.append(f"{where}{error['msg'].removeprefix('Value error, ')} (got {error['input']!r})")
+            what = error["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {what} (got {error['input']!r})" if key else what)
     return "; ".join(dict.fromkeys(lines))
 
 

@@ -61,6 +61,15 @@ def test_a_wrong_configuration_names_the_key_and_the_remedy(changes: dict[str, A
     assert caught.value.exit_code == 2
 
 
+def test_a_second_length_is_explained_in_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, steps=None, epochs=12)
+    with pytest.raises(ConfigError, match=r"for example epochs=null steps=5, or steps=null$"):
+        RunConfig.from_yaml(path, ["steps=5"])
+    with pytest.raises(ConfigError, match=r"for example epochs=12 or steps=1000$"):
+        RunConfig.from_yaml(path, ["epochs=null"])
+    assert RunConfig.from_yaml(path, ["epochs=null", "steps=5"]).steps == 5
+
+
 def test_a_missing_key_is_named() -> None:
     incomplete = values()
     del incomplete["model"]
