@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from revdist.errors import ConfigError
 from revdist.sizes import parse_bytes as parse_bytes
 
 Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), pydantic.Field(ge=0)]
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Factory = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
 
@@ -158,7 +160,7 @@ class CoTenantConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    name: str = pydantic.Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = pydantic.Field("run", pattern=f"^{_NAME}$")
     model: Called
     data: Called
     """Factory of `(train, test)`, two map-style datasets of `(input, target)`; test may be None."""
@@ -247,14 +249,25 @@ class RunConfig(Section):
             raise ConfigError(f"{path} is not YAML: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
-        values.setdefault("name", path.stem)
         for override in overrides:
             _override(values, override)
+        if "name" not in values:
+            values["name"] = _name_from(path)
         return cls.from_mapping(values, source=str(path))
 
     def to_yaml(self) -> str:
         """The resolved configuration; `from_yaml` reads it back to an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _name_from(path: Path) -> str:
+    """The name of a run whose file gives none."""
+    if not re.fullmatch(_NAME, path.stem):
+        raise ConfigError(
+            f"{path} gives the run no name, and its own, {path.stem!r}, cannot be one: set one of letters, digits, "
+            "'.', '_' and '-', a letter or digit first, say name=run"
+        )
+    return path.stem
 
 
 def _cpu_names(devices: Sequence[DeviceSpec]) -> set[str]:

@@ -120,6 +120,14 @@ def test_overrides_reach_into_sections_and_lists(tmp_path: Path) -> None:
     assert config.optimizer.kwargs["lr"] == 0.5
 
 
+def test_a_file_name_that_cannot_name_a_run_is_said_to_be_one(tmp_path: Path) -> None:
+    path = write(tmp_path).rename(tmp_path / "my run.yaml")
+    with pytest.raises(ConfigError, match=r"its own, 'my run', cannot be one: .*say name=run"):
+        RunConfig.from_yaml(path)
+    assert RunConfig.from_yaml(path, ["name=mine"]).name == "mine"
+    assert RunConfig.from_yaml(write(tmp_path, name="mine").rename(path)).name == "mine"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
