@@ -170,7 +170,7 @@ class RunConfig(Section):
     global_batch: int = pydantic.Field(ge=1)
     """Samples per optimizer step over all replicas."""
     micro_batch: int | None = pydantic.Field(None, ge=1)
-    """Samples per forward and backward on every device; none: planned per device."""
+    """Most samples of a forward and backward on every device; a share is cut evenly. None: planned per device."""
     epochs: int | None = pydantic.Field(None, ge=1)
     steps: int | None = pydantic.Field(None, ge=1)
     seed: int = pydantic.Field(0, ge=0, lt=2**64)
