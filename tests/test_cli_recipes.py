@@ -93,6 +93,13 @@ def test_the_cluster_file_matches_ray_s_schema() -> None:
     jsonschema.validate(values, json.loads(schema.read_text()))
 
 
+def test_the_cluster_file_brings_the_token_along() -> None:
+    """Every command in a container has the environment that it was started with."""
+    values = yaml.safe_load((ROOT / "launch" / "ray-aws.yaml").read_text())
+    assert "--env RAY_AUTH_MODE=token" in values["docker"]["run_options"]
+    assert values["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
 @pytest.fixture
 def rayjob() -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load((ROOT / "launch" / "kuberay-rayjob.yaml").read_text())
