@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -166,6 +167,20 @@ def pinned(package: str) -> str:
 @pytest.mark.parametrize("name", ["Dockerfile", "ray-aws.yaml"])
 def test_images_are_those_of_the_ray_that_is_pinned(name: str) -> None:
     assert f"rayproject/ray:{pinned('ray')}-py311-gpu" in (ROOT / "launch" / name).read_text()
+
+
+def test_the_image_gets_nothing_that_git_leaves_out() -> None:
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ".git/" in left_out
+    for pattern in (ROOT / ".gitignore").read_text().split():
+        assert (pattern[1:] if pattern.startswith("/") else f"**/{pattern}") in left_out
+
+
+def test_the_cluster_gets_no_environment_and_no_run_of_this_machine() -> None:
+    excluded = yaml.safe_load((ROOT / "launch" / "ray-aws.yaml").read_text())["rsync_exclude"]
+    made = re.findall(r"^\w*VENV := (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    for name in (*made, ".git", "runs"):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in excluded), name
 
 
 FAKE_SSH = """\
