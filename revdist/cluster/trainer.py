@@ -132,6 +132,8 @@ class Trainer:
         """The devices the run would use, one per rank, as they are now. Writes nothing; raises as `fit`."""
         from revdist.training.factories import import_factory
 
+        self.choose_run_dir()
+        self.check()
         for path in self._factories:
             import_factory(path)
         with ray_cluster(self.address, num_workers=self.num_cores):

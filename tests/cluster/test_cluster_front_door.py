@@ -47,6 +47,14 @@ def test_a_run_lost_before_its_first_checkpoint_may_begin_again(tmp_path: Path) 
         revdist.Trainer(settings(), run_dir=tmp_path).choose_run_dir()
 
 
+def test_a_dry_run_refuses_the_directory_that_the_run_would_and_leaves_it_alone(tmp_path: Path) -> None:
+    write_events(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ConfigError, match="already holds a run"):
+        revdist.Trainer(settings(), run_dir=tmp_path).dry_run()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 @pytest.mark.parametrize("kind", ["checkpoint", "resumed"])
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_from_nothing(kind: str, tmp_path: Path) -> None:
     write_events(tmp_path, "start", kind)
