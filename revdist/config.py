@@ -207,7 +207,7 @@ class RunConfig(Section):
         cls, devices: Literal["auto"] | tuple[DeviceSpec, ...]
     ) -> Literal["auto"] | tuple[DeviceSpec, ...]:
         if not devices:
-            raise ValueError("the list needs one device at least; auto takes those that are free")
+            raise ValueError("the list needs one device at least, or auto takes those that are free")
         return devices
 
     @pydantic.model_validator(mode="after")
