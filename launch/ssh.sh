@@ -6,13 +6,16 @@
 # Run it from the checkout, which every machine has at the same path with its packages in .venv (`make .venv/.demo`),
 # and with ssh keys in place. One Ray node per machine, one replica per free GPU, or per machine where there is none.
 # Only holders of a token made for this run may use the cluster; `ssh` carries it. Whatever was started is ended with
-# the script, on Ctrl-C too, which saves first. RUN_DIR=DIR goes on from the newest checkpoint in there.
+# the script, on Ctrl-C too, which saves first. RUN_DIR=DIR goes on with the run in there, from its newest checkpoint:
+# have the configuration write some, say with checkpoint.every_s, as the demo does here.
 set -euo pipefail
 
 HOSTS="$1"
 CONFIG="${2:-configs/digits-revnet-2cpu.yaml}"
 OVERRIDES=("${@:3}")
-if [ $# -lt 3 ]; then OVERRIDES=(devices=auto 'co_tenants=[]'); fi # the demo, on what these machines have
+if [ $# -lt 3 ]; then # the demo, on what these machines have
+    OVERRIDES=(devices=auto 'co_tenants=[]' checkpoint.every_s=300)
+fi
 HEAD_IP="${HEAD_IP:-$(hostname -I | awk '{ print $1 }')}" # on the network that the machines share
 PORT="${PORT:-6379}"
 RUN_DIR="${RUN_DIR:-runs/ssh-$(date +%Y%m%d-%H%M%S)}"
@@ -56,7 +59,7 @@ PYTHON
 done
 
 RESUME=()
-if [ -d "$RUN_DIR/checkpoints" ]; then RESUME=(--resume); fi
+if [ -f "$RUN_DIR/config.yaml" ]; then RESUME=(--resume); fi
 status=0
 revdist launch "$CONFIG" "${OVERRIDES[@]}" --address "$ADDRESS" --run-dir "$RUN_DIR" "${RESUME[@]}" || status=$?
 exit "$status"

@@ -179,7 +179,7 @@ def launch(
 def _numbers(text: str | None) -> frozenset[int]:
     """`0,2` as numbers. Raises UsageError for anything else."""
     parts = text.split(",") if text else []
-    if not all(part.strip().isdigit() for part in parts):
+    if not all(part.strip().isdecimal() for part in parts):
         raise UsageError(f"--local-ranks-filter {text} must be numbers with commas between them, such as 0,2")
     return frozenset(int(part) for part in parts)
 
@@ -189,7 +189,7 @@ def _workers(nnodes: str | None, nproc_per_node: int | None) -> list[str]:
     if nnodes is None and nproc_per_node is None:
         return []
     low, separator, high = (nnodes or "1").partition(":")
-    if not low.isdigit() or int(low) < 1 or (separator and (not high.isdigit() or int(high) < int(low))):
+    if not low.isdecimal() or int(low) < 1 or (separator and (not high.isdecimal() or int(high) < int(low))):
         raise UsageError(f"--nnodes {nnodes} must be a number, or MIN:MAX with MIN not above MAX")
     each = nproc_per_node or 1
     return [f"workers.min={int(low) * each}", f"workers.max={int(high or low) * each}"]

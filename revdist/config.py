@@ -22,6 +22,7 @@ from revdist.errors import ConfigError
 from revdist.sizes import parse_bytes as parse_bytes
 
 Bytes = Annotated[int, pydantic.BeforeValidator(parse_bytes), pydantic.Field(ge=0)]
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 Factory = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 
 _SGD = "torch.optim:SGD"
@@ -113,7 +114,9 @@ class PlanningConfig(Section):
     schedule: Literal["auto", "save", "invert"] = "auto"
     """auto: the frontier's best; save or invert: that mode on every operator that has it."""
     share: Literal["auto", "equal"] = "auto"
-    modes: tuple[Literal["SAVE", "INVERT", "RECOMPUTE", "OFFLOAD"], ...] = ("SAVE", "INVERT", "RECOMPUTE")
+    modes: tuple[Literal["SAVE", "INVERT", "RECOMPUTE", "OFFLOAD"], ...] = pydantic.Field(
+        ("SAVE", "INVERT", "RECOMPUTE"), min_length=1
+    )
     micro_batches: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = ()
     """Micro-batch sizes to profile; empty: chosen from the share and the memory."""
     guarantee: float = pydantic.Field(0.01, ge=0)
@@ -176,11 +179,19 @@ class CoTenantConfig(Section):
     from_step: int = pydantic.Field(ge=0)
     to_step: int = pydantic.Field(ge=0)
 
+    @pydantic.field_validator("to_step")
+    @classmethod
+    def _is_not_before_it_began(cls, to_step: int, info: pydantic.ValidationInfo) -> int:
+        from_step = info.data.get("from_step", 0)
+        if to_step < from_step:
+            raise ValueError(f"memory is given back after it was taken: not below from_step, {from_step}")
+        return to_step
+
 
 class RunConfig(Section):
     """A whole run."""
 
-    name: str = pydantic.Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = pydantic.Field("run", pattern=f"^{_NAME}$")
     model: Called
     data: Called
     """Factory of `(train, test)`, two map-style datasets of `(input, target)`; test may be None."""
@@ -190,10 +201,10 @@ class RunConfig(Section):
     global_batch: int = pydantic.Field(ge=1)
     """Samples per optimizer step over all replicas."""
     micro_batch: int | None = pydantic.Field(None, ge=1)
-    """Samples per forward and backward on every device; none: planned per device."""
+    """Most samples of a forward and backward on every device; a share is cut evenly. None: planned per device."""
     epochs: int | None = pydantic.Field(None, ge=1)
     steps: int | None = pydantic.Field(None, ge=1)
-    seed: int = pydantic.Field(0, ge=0)
+    seed: int = pydantic.Field(0, ge=0, lt=2**64)
     non_finite: Literal["stop", "skip"] = "stop"
     """What a loss that is not finite does: ends the run, or leaves the step out, at most ten times in a row."""
     precision: Literal["fp64", "fp32", "bf16"] = "fp32"
@@ -226,7 +237,33 @@ class RunConfig(Section):
     @pydantic.model_validator(mode="after")
     def _has_a_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give the length of the run once: either epochs or steps")
+            example = "epochs=12 or steps=1000"
+            if self.steps is not None:
+                example = f"epochs=null steps={self.steps}, or steps=null"
+            raise ValueError(f"give the length of the run once, either epochs or steps: for example {example}")
+        return self
+
+    @pydantic.field_validator("devices")
+    @classmethod
+    def _has_a_device(
+        cls, devices: Literal["auto"] | tuple[DeviceSpec, ...]
+    ) -> Literal["auto"] | tuple[DeviceSpec, ...]:
+        if not devices:
+            raise ValueError("the list needs one device at least, or auto takes those that are free")
+        return devices
+
+    @pydantic.model_validator(mode="after")
+    def _has_the_devices_of_its_co_tenants(self) -> Self:
+        if self.devices == "auto":
+            return self
+        names = _cpu_names(self.devices)
+        for number, co_tenant in enumerate(self.co_tenants):
+            if co_tenant.device not in names:
+                there = f"only on {', '.join(sorted(names))}" if names else "nor on any other CPU device"
+                raise ValueError(
+                    f"co_tenants.{number}.device: no replica runs on {co_tenant.device!r}, {there}: "
+                    "change it, or do without them by co_tenants=[]"
+                )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -269,9 +306,10 @@ class RunConfig(Section):
             raise ConfigError(f"{path} is not YAML: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
-        values.setdefault("name", path.stem)
         for override in overrides:
             _override(values, override)
+        if "name" not in values:
+            values["name"] = _name_from(path)
         return cls.from_mapping(values, source=str(path))
 
     def to_yaml(self) -> str:
@@ -297,6 +335,23 @@ for _side in (_Loader, _Dumper):
 
 def _read_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+
+
+def _name_from(path: Path) -> str:
+    """The name of a run whose file gives none."""
+    if not re.fullmatch(_NAME, path.stem):
+        raise ConfigError(
+            f"{path} gives the run no name, and its own, {path.stem!r}, cannot be one: set one of letters, digits, "
+            "'.', '_' and '-', a letter or digit first, say name=run"
+        )
+    return path.stem
+
+
+def _cpu_names(devices: Sequence[DeviceSpec]) -> set[str]:
+    """Names that CPU devices of a list may have: those without one become cpu-0, cpu-1, ... on their hosts."""
+    given = [device.name for device in devices if device.kind == "cpu"]
+    unnamed = {f"cpu-{number}" for number in range(len(given))} if "" in given else set()
+    return unnamed | {name for name in given if name}
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -327,7 +382,7 @@ def _step_into(place: Any, name: str, override: str) -> Any:
 
 
 def _index(place: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(place):
+    if not name.isdecimal() or int(name) >= len(place):
         raise ConfigError(f"override {override!r}: the list has entries 0 to {len(place) - 1}, not {name}")
     return int(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -72,6 +73,18 @@ def test_scripts_are_shell_that_stops_at_errors(path: Path) -> None:
     assert "set -euo pipefail" in path.read_text()
 
 
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_go_on_with_a_run_wherever_its_checkpoints_are(path: Path, tmp_path: Path) -> None:
+    (choice,) = re.findall(r"^RESUME=\(\)\n.*", path.read_text(), flags=re.M)
+    for resumes in ("", "--resume"):
+        script = f'set -euo pipefail\n{choice}\necho "${{RESUME[@]}}"'
+        done = subprocess.run(
+            ["bash", "-c", script], env={"RUN_DIR": str(tmp_path)}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == resumes
+        (tmp_path / "config.yaml").touch()
+
+
 def test_the_cluster_file_matches_ray_s_schema() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     import ray.autoscaler
@@ -79,6 +92,13 @@ def test_the_cluster_file_matches_ray_s_schema() -> None:
     schema = Path(ray.autoscaler.__file__).parent / "ray-schema.json"
     values = yaml.safe_load((ROOT / "launch" / "ray-aws.yaml").read_text())
     jsonschema.validate(values, json.loads(schema.read_text()))
+
+
+def test_the_cluster_file_brings_the_token_along() -> None:
+    """Every command in a container has the environment that it was started with."""
+    values = yaml.safe_load((ROOT / "launch" / "ray-aws.yaml").read_text())
+    assert "--env RAY_AUTH_MODE=token" in values["docker"]["run_options"]
+    assert values["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
 
 
 @pytest.fixture
@@ -118,7 +138,7 @@ def test_the_rayjob_has_the_fields_of_its_kind_and_no_other(rayjob: dict[str, An
 
 
 def test_the_rayjob_starts_what_it_says(rayjob: dict[str, Any], tmp_path: Path) -> None:
-    """Its entry point, run by the shell with a `revdist` that shows what it was given; then with a checkpoint there."""
+    """Its entry point, run by the shell with a `revdist` that shows what it was given; then with a run there."""
     fake = tmp_path / "revdist"
     fake.write_text('#!/bin/sh\necho "$@"\n')
     fake.chmod(0o755)
@@ -134,7 +154,9 @@ def test_the_rayjob_starts_what_it_says(rayjob: dict[str, Any], tmp_path: Path) 
         )
         assert done.stdout.startswith("launch configs/digits-revnet-2cpu.yaml devices=auto co_tenants=[]")
         assert done.stdout.rstrip().endswith("--resume") is resumes
-        (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        assert "checkpoint.every_s=" in done.stdout
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.yaml").touch()
 
 
 def pinned(package: str) -> str:
@@ -145,6 +167,20 @@ def pinned(package: str) -> str:
 @pytest.mark.parametrize("name", ["Dockerfile", "ray-aws.yaml"])
 def test_images_are_those_of_the_ray_that_is_pinned(name: str) -> None:
     assert f"rayproject/ray:{pinned('ray')}-py311-gpu" in (ROOT / "launch" / name).read_text()
+
+
+def test_the_image_gets_nothing_that_git_leaves_out() -> None:
+    left_out = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ".git/" in left_out
+    for pattern in (ROOT / ".gitignore").read_text().split():
+        assert (pattern[1:] if pattern.startswith("/") else f"**/{pattern}") in left_out
+
+
+def test_the_cluster_gets_no_environment_and_no_run_of_this_machine() -> None:
+    excluded = yaml.safe_load((ROOT / "launch" / "ray-aws.yaml").read_text())["rsync_exclude"]
+    made = re.findall(r"^\w*VENV := (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    for name in (*made, ".git", "runs"):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in excluded), name
 
 
 FAKE_SSH = """\

@@ -36,6 +36,9 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_bytes(text)
 
 
+TENANT = {"device": "cpu-1", "take": "1MiB", "from_step": 5, "to_step": 9}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -67,12 +70,35 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         ({"checkpoint": {"location": "~no-such-user/x"}}, "checkpoint.location: .*no such home.*got '~no-such-user/x'"),
         ({"precision": "fp12"}, "precision"),
         ({"name": "../escape"}, "name"),
+        ({"devices": []}, "^configuration: devices: the list needs one device at least.*got "),
+        ({"planning": {"modes": []}}, "planning.modes: .* at least 1 item"),
+        ({"seed": 2**64}, "seed: .*less than 18446744073709551616"),
+        ({"co_tenants": [{**TENANT, "to_step": 3}]}, "co_tenants.0.to_step: .*not below from_step, 5 .got 3"),
+        ({"co_tenants": [TENANT], "devices": [{"kind": "cuda"}]}, "co_tenants.0.device: no replica runs on 'cpu-1'"),
+        (
+            {"co_tenants": [TENANT], "devices": [{"kind": "cpu", "name": "big"}]},
+            "'cpu-1', only on big: change it",
+        ),
     ],
 )
 def test_a_wrong_configuration_names_the_key_and_the_remedy(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         RunConfig.from_mapping(values(**changes))
     assert caught.value.exit_code == 2
+
+
+def test_a_second_length_is_explained_in_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, steps=None, epochs=12)
+    with pytest.raises(ConfigError, match=r"for example epochs=null steps=5, or steps=null$"):
+        RunConfig.from_yaml(path, ["steps=5"])
+    with pytest.raises(ConfigError, match=r"for example epochs=12 or steps=1000$"):
+        RunConfig.from_yaml(path, ["epochs=null"])
+    assert RunConfig.from_yaml(path, ["epochs=null", "steps=5"]).steps == 5
+
+
+def test_a_co_tenant_may_be_on_a_device_that_gets_its_name_later() -> None:
+    devices = [{"kind": "cpu", "name": "cpu-0"}, {"kind": "cpu"}]
+    assert RunConfig.from_mapping(values(devices=devices, co_tenants=[TENANT])).co_tenants[0].device == "cpu-1"
 
 
 def test_a_missing_key_is_named() -> None:
@@ -183,6 +209,14 @@ def test_kwargs_of_the_default_optimizer_are_filled_in_key_by_key(
     assert RunConfig.from_yaml(path) == config
 
 
+def test_a_file_name_that_cannot_name_a_run_is_said_to_be_one(tmp_path: Path) -> None:
+    path = write(tmp_path).rename(tmp_path / "my run.yaml")
+    with pytest.raises(ConfigError, match=r"its own, 'my run', cannot be one: .*say name=run"):
+        RunConfig.from_yaml(path)
+    assert RunConfig.from_yaml(path, ["name=mine"]).name == "mine"
+    assert RunConfig.from_yaml(write(tmp_path, name="mine").rename(path)).name == "mine"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -190,6 +224,7 @@ def test_kwargs_of_the_default_optimizer_are_filled_in_key_by_key(
         ("global_bach=3", "did you mean 'global_batch'"),
         ("global_batch.x=3", "global_batch is a value, not a section"),
         ("devices.4.capacity=1MiB", "entries 0 to 0, not 4"),
+        ("devices.\u00b2.capacity=1MiB", "entries 0 to 0, not \u00b2"),
         ("steps=[", "the value is not YAML"),
     ],
 )

@@ -14,7 +14,7 @@ _SETTINGS = 4
 def parse_address(address: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`. Raises AddressUnreachable for anything else."""
     host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise AddressUnreachable(f"{address!r} is not an address: write auto or HOST:PORT, such as 10.0.0.5:6379")
     return host.strip("[]"), int(port)
 

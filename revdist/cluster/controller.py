@@ -18,7 +18,7 @@ from revdist.cluster.logs import LogGatherer
 from revdist.cluster.mending import Mender
 from revdist.cluster.observer import Observer
 from revdist.cluster.plan_history import PlanHistory
-from revdist.cluster.records import device_records, event_record, replan_record, run_event, step_record, summary_record
+from revdist.cluster.records import event_record, replan_record, run_event, start_record, step_record, summary_record
 from revdist.cluster.rehearsal import Rehearsal
 from revdist.cluster.restarting import Restarter
 from revdist.cluster.shares import ShareKeeper
@@ -233,20 +233,15 @@ class Controller:
 
     def _begin(self, shares: Shares) -> None:
         """Every rank has a plan: from here on the run is on disk."""
+        again = self._origin is None and (self._writer.path / "config.yaml").exists()
         undone = self._writer.create(self._config, step=self._first_step)
         if self._origin is None:
             self._origin = self._first_step
         for event in self._early_events:
             self._writer.event(event)
         self._early_events.clear()
-        divided = " + ".join(str(share) for share in shares.by_rank)
-        detail = f"{len(self._groups.members)} replicas, {self._num_steps} steps, shares {divided}"
-        if self._first_step:
-            detail += f"; goes on after step {self._first_step}"
-        if undone:
-            detail += f", {undone} steps that were not saved are taken again"
-        devices = device_records(self._mender.readings)
-        self._event(run_event("start", self._step, detail, num_steps=self._num_steps, devices=devices))
+        readings, divided = self._mender.readings, shares.by_rank
+        self._event(start_record(self._step, self._num_steps, divided, readings, again=again, undone=undone))
 
     def _take_over(self, crew: Crew) -> None:
         """Go on where another supervisor was killed: members tell what it knew, the run directory what it wrote."""

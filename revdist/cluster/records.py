@@ -48,6 +48,23 @@ def run_event(kind: str, step: int, detail: str, **facts: Any) -> dict[str, Any]
     return {"time": time.time(), "step": step, "kind": kind, "detail": detail, **facts}
 
 
+def start_record(
+    step: int, num_steps: int, shares: Sequence[int], readings: Sequence[Reading], *, again: bool, undone: int
+) -> dict[str, Any]:
+    """The event of training that begins, or goes on after `step`.
+
+    again: it begins once more, after a try that left no checkpoint. undone: earlier steps that are taken again.
+    """
+    detail = f"{len(shares)} replicas, {num_steps} steps, shares {' + '.join(str(share) for share in shares)}"
+    if step:
+        detail += f"; goes on after step {step}"
+    elif again:
+        detail += "; begins again, since there is no checkpoint yet"
+    if undone:
+        detail += f", {undone} steps that were not saved are taken again"
+    return run_event("start", step, detail, num_steps=num_steps, devices=device_records(readings))
+
+
 def device_records(readings: Sequence[Reading]) -> list[dict[str, Any]]:
     """What each rank runs on: plans and steps name devices by UUID alone."""
     return [

@@ -20,7 +20,7 @@ from revdist.cluster.run_record import RAY_SESSION
 from revdist.cluster.signals import StopRequest, stop_on_signals, stopped_at_start
 from revdist.config import RunConfig
 from revdist.devices.reading import Reading
-from revdist.errors import ConfigError, NoFreeDevice, Preempted
+from revdist.errors import CheckpointError, ConfigError, NoFreeDevice, Preempted
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -59,7 +59,7 @@ class Trainer:
     `address`: `auto` or `HOST:PORT` of a running Ray cluster; None: the Ray this process already uses,
     else a local cluster of its own, which is shut down at the end.
     `run_dir`: where the run is written; None: `runs/<name>-<time>` under the current folder.
-    `resume`: continue from the newest whole checkpoint in `run_dir`.
+    `resume`: continue from the newest whole checkpoint in `run_dir`; a run that has none yet begins again.
     `log_dir`: where what each rank prints is written; None: `logs` in the run directory.
     `placement_group`: of Ray, in whose bundles alone the replicas go; None: the one this code runs in, if it does.
     `datasets`: `(train, test)` in place of what `data.factory` would give, two map-style datasets that Ray can
@@ -132,6 +132,8 @@ class Trainer:
         """The devices the run would use, one per rank, as they are now. Writes nothing; raises as `fit`."""
         from revdist.training.factories import import_factory
 
+        self.choose_run_dir()
+        self.check()
         for path in self._factories:
             import_factory(path)
         with ray_cluster(self.address, num_workers=self.num_cores):
@@ -152,7 +154,6 @@ class Trainer:
         writer = RunWriter(run_dir)
         logs = LogFiles(self.choose_log_dir(run_dir))
         observer = Observers(claim, logs, RunMetrics(self.config.name), self.observer)
-        assign = functools.partial(self._assignment, run_dir)
         stop_reason = lifelines.or_cut(stop)
         restarter = Restarter(
             self.config,
@@ -161,13 +162,15 @@ class Trainer:
             stop_reason=stop_reason,
         )
         crew = self._find(claim, observer, heritage)
+        resume = self.resume and (crew is not None or self._has_checkpoint(run_dir))
+        assign = functools.partial(self._assignment, run_dir, resume=resume)
         if crew is None and claim.orphans is not None:
             crew = self._start_after_loss(claim, observer, restarter)
 
         def leave_if_asked() -> None:
             reason = stop_reason()
             if reason is not None:
-                raise stopped_at_start(reason, resumable=self.resume)
+                raise stopped_at_start(reason, resumable=resume)
 
         crew = crew or self._start(claim, observer, assign, leave_if_asked)
         from revdist.cluster.controller import Controller  # while replicas load
@@ -210,13 +213,10 @@ class Trainer:
             return None
         from revdist.cluster.placement import names_uuids
         from revdist.cluster.takeover import find
-        from revdist.training.checkpoint_files import newest
 
         threads, heartbeat_s = self.config.threads_per_worker, self.config.faults.heartbeat_s
         by_uuid = names_uuids(self.config)
         crew = find(claim.orphans, threads=threads, heartbeat_s=heartbeat_s, heritage=heritage, by_uuid=by_uuid)
-        if crew is None and self.resume:
-            newest(self._checkpoint_folder(claim.run_dir))
         if crew is not None:
             observer.on_start(claim.run_dir, [crew.locations[member].reading for member in crew.groups.members])
         return crew
@@ -293,9 +293,8 @@ class Trainer:
         return self.placement_group or get_current_placement_group()
 
     def _assignment(
-        self, run_dir: Path, world_size: int, rendezvous: Rendezvous | None = None, *, resume: bool | None = None
+        self, run_dir: Path, world_size: int, rendezvous: Rendezvous | None = None, *, resume: bool
     ) -> Assignment:
-        """resume: given, it says what this trainer's does else."""
         from revdist.training.orders import Assignment
 
         return Assignment(
@@ -303,7 +302,7 @@ class Trainer:
             rendezvous=rendezvous,
             world_size=world_size,
             checkpoints=self._checkpoint_folder(run_dir),
-            resume=self.resume if resume is None else resume,
+            resume=resume,
             data=self.datasets,
         )
 
@@ -341,15 +340,33 @@ class Trainer:
         run_dir = Path(self.run_dir).absolute()
         refuse_living(run_dir)
         if self.resume:
-            from revdist.training.checkpoint_files import newest
-
-            if not is_orphaned(run_dir):  # else replicas may be alive, and there may be no checkpoint yet
-                newest(self._checkpoint_folder(run_dir))
+            if not is_orphaned(run_dir):  # else replicas may be alive
+                self._has_checkpoint(run_dir)
         elif (run_dir / "config.yaml").exists():
             raise ConfigError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir")
         else:
             self._refuse_anothers_checkpoints(run_dir)
         return run_dir
+
+    def _has_checkpoint(self, run_dir: Path) -> bool:
+        """Whether the run has a checkpoint to go on from; one that was lost before its first begins again.
+
+        Raises CheckpointError where there is no run, or its checkpoints are gone.
+        """
+        from revdist.training.checkpoint_files import checkpoints, newest
+        from revdist.training.run_directory import RunReader
+
+        folder = self._checkpoint_folder(run_dir)
+        if checkpoints(folder):
+            return True
+        if not (run_dir / "config.yaml").exists():
+            newest(folder)
+        if RunReader(run_dir).was_saved():
+            raise CheckpointError(
+                f"no checkpoint in {folder}, where one was when the run was last written down in {run_dir}: "
+                "put back a copy, set checkpoint.location to where it is, or start a new run in another --run-dir"
+            )
+        return False
 
     def _checkpoint_folder(self, run_dir: Path) -> str:
         """Where the run's checkpoints lie: the absolute path of a folder, or a URL."""

@@ -62,7 +62,7 @@ class LogFollower:
         except UsageError:
             return []
         found = [(path.stem.removeprefix("rank-"), path) for path in folder.glob("rank-*.log")]
-        return sorted((int(rank), path) for rank, path in found if rank.isdigit())
+        return sorted((int(rank), path) for rank, path in found if rank.isdecimal())
 
 
 def show_logs(

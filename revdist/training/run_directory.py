@@ -164,6 +164,10 @@ class RunReader:
     def events(self) -> Iterator[dict[str, Any]]:
         return self._lines("events")
 
+    def was_saved(self) -> bool:
+        """Whether there has been a checkpoint of the run."""
+        return any(event["kind"] in ("checkpoint", "resumed") for event in self.events())
+
     def summary(self) -> dict[str, Any] | None:
         """What the run came to; None while it has not ended."""
         path = self.path / "summary.json"

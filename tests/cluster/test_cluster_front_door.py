@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from runs import settings
 import revdist
 from revdist.config import RunConfig
 from revdist.errors import CheckpointError, ConfigError
+from revdist.training.run_directory import RunWriter
 
 
 def test_a_configuration_comes_as_an_object_a_mapping_or_keywords() -> None:
@@ -29,6 +31,35 @@ def test_resuming_needs_a_checkpoint_to_resume_from(tmp_path: Path) -> None:
         revdist.Trainer(settings(), resume=True).fit()
     with pytest.raises(CheckpointError, match="start the run without --resume"):
         revdist.Trainer(settings(), resume=True, run_dir=tmp_path).fit()
+
+
+def write_events(run_dir: Path, *kinds: str) -> None:
+    """What a run leaves that was lost after these events."""
+    RunWriter(run_dir).create(RunConfig.from_mapping(settings()), step=0)
+    lines = [json.dumps({"time": 0.0, "step": 0, "kind": kind, "detail": ""}) + "\n" for kind in kinds]
+    (run_dir / "events.jsonl").write_text("".join(lines))
+
+
+def test_a_run_lost_before_its_first_checkpoint_may_begin_again(tmp_path: Path) -> None:
+    write_events(tmp_path, "start", "checkpoint-failed", "lost")
+    assert revdist.Trainer(settings(), resume=True, run_dir=tmp_path).choose_run_dir() == tmp_path
+    with pytest.raises(ConfigError, match="go on with --resume"):
+        revdist.Trainer(settings(), run_dir=tmp_path).choose_run_dir()
+
+
+def test_a_dry_run_refuses_the_directory_that_the_run_would_and_leaves_it_alone(tmp_path: Path) -> None:
+    write_events(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ConfigError, match="already holds a run"):
+        revdist.Trainer(settings(), run_dir=tmp_path).dry_run()
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "resumed"])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_from_nothing(kind: str, tmp_path: Path) -> None:
+    write_events(tmp_path, "start", kind)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*set checkpoint.location to where it is"):
+        revdist.Trainer(settings(), resume=True, run_dir=tmp_path).choose_run_dir()
 
 
 def test_a_location_that_nothing_opens_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,23 @@ def test_a_run_resumes_from_its_newest_checkpoint(location: str, tmp_path: Path)
     assert [step["step"] for step in watcher.steps] == [5, 6, 7]
     assert result.metrics["samples"] == 70
     assert len(list(RunReader(result.run_dir).metrics())) == 7
+
+
+@pytest.mark.slow
+def test_a_run_lost_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    fit(tmp_path, steps=4, epochs=None)
+    run_dir = tmp_path / "run"
+    shutil.rmtree(run_dir / "checkpoints")
+    begun = [event for event in RunReader(run_dir).events() if event["kind"] == "start"]
+    (run_dir / "events.jsonl").write_text(json.dumps(begun[0]) + "\n")
+    watcher = Watcher()
+    revdist.Trainer(settings(steps=5, epochs=None), observer=watcher, run_dir=run_dir, resume=True).fit()
+    (start,) = [event for event in watcher.events if event["kind"] == "start"]
+    assert start["detail"].endswith(
+        "begins again, since there is no checkpoint yet, 4 steps that were not saved are taken again"
+    )
+    assert [step["step"] for step in RunReader(run_dir).metrics()] == [1, 2, 3, 4, 5]
+    assert list(RunReader(run_dir).metrics()) == watcher.steps
 
 
 def test_a_dry_run_names_the_devices_and_writes_nothing(tmp_path: Path) -> None:

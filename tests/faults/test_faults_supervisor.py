@@ -131,6 +131,23 @@ def test_resume_finds_replicas_that_nobody_supervises(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("running_ray")
+def test_a_run_of_which_nothing_is_left_before_its_first_checkpoint_begins_again(
+    detached: Callable[..., Path], tmp_path: Path
+) -> None:
+    address = f"--address={addresses().head}"
+    run_dir = detached(address)
+    for pid in [*pids(run_dir), holder("cpu-0"), holder("cpu-1")]:
+        os.kill(pid, signal.SIGKILL)
+    launch_and_wait(tmp_path / "small.yaml", run_dir, "steps=20", "--resume", address)
+    starts = [event["detail"] for event in RunReader(run_dir).events() if event["kind"] == "start"]
+    assert len(starts) == 2
+    assert "begins again, since there is no checkpoint yet" in starts[1]
+    assert steps(run_dir) == list(range(1, 21))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("running_ray")
 def test_resume_in_the_background_finds_them_too_and_comes_back(detached: Callable[..., Path], tmp_path: Path) -> None:
     address = f"--address={addresses().head}"
     run_dir = detached(address)

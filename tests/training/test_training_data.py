@@ -30,6 +30,13 @@ def test_an_epoch_uses_every_sample_once_while_shares_change(num_samples: int, d
     assert sorted(used) == list(range(num_samples))
 
 
+def test_the_largest_seed_orders_the_data_and_starts_the_model() -> None:
+    order = DataOrder(num_samples=8, global_batch=8, seed=2**64 - 1)
+    assert sorted(order.batch(0).tolist()) == list(range(8))
+    with torch.random.fork_rng():
+        torch.manual_seed(order.seed)
+
+
 @given(shares)
 def test_a_full_batch_is_cut_exactly_into_the_shares(parts: list[int]) -> None:
     slices = [slice_of(parts, rank, sum(parts)) for rank in range(len(parts))]
