@@ -102,6 +102,22 @@ def test_a_killed_run_is_lost(run_dir: Path) -> None:
     assert "end what is left" in text_of(out)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[/pytorch/third_party/gloo/pair.cc:538] Connection closed by peer",
+        "[enforce fail at container.cc:603] file [a.bin] :smile:",
+    ],
+)
+@pytest.mark.parametrize("command", ["status", "attach"])
+def test_brackets_in_an_event_are_shown_as_they_are(run_dir: Path, command: str, words: str) -> None:
+    append(run_dir, "events", event(60, "failed", detail=words))
+    failed(run_dir)
+    result = CliRunner().invoke(cli.app, [command, str(run_dir)], env={"COLUMNS": "160"})
+    assert result.exit_code == 1
+    assert f"failed: {words}" in result.stdout
+
+
 def test_json_has_all_of_it(run_dir: Path, alive: RunClaim) -> None:
     found = json.loads(run("status", run_dir, "--json").stdout)
     assert found == json.loads(json.dumps(status_mapping(read_status(run_dir))))
