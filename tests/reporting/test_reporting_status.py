@@ -118,6 +118,15 @@ def test_brackets_in_an_event_are_shown_as_they_are(run_dir: Path, command: str,
     assert f"failed: {words}" in result.stdout
 
 
+def test_damaged_lines_are_passed_over(run_dir: Path, alive: RunClaim) -> None:
+    before = read_status(run_dir)
+    for name in ("plans", "metrics", "events"):
+        with (run_dir / f"{name}.jsonl").open("ab") as file:
+            file.write(b'\n{"time": 1.0, "st\n\xff\n3\n{"step": 61, "kind": "end"}\n')
+    after = read_status(run_dir)
+    assert (after.progress.step, after.events) == (before.progress.step, before.events)
+
+
 def test_json_has_all_of_it(run_dir: Path, alive: RunClaim) -> None:
     found = json.loads(run("status", run_dir, "--json").stdout)
     assert found == json.loads(json.dumps(status_mapping(read_status(run_dir))))
@@ -151,12 +160,12 @@ def test_lines_come_whole_and_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = GrowingLines(path)
     assert lines.new() == []
-    path.write_text('{"step": 1}\n{"st')
-    assert lines.new() == [{"step": 1}]
+    path.write_text('{"time": 1.0, "step": 1}\n{"time": 2.0, "st')
+    assert lines.new() == [{"time": 1.0, "step": 1}]
     with path.open("a") as file:
-        file.write('ep": 2}\n[cut off{"step": 3}\n{"step": 4}\n')
-    assert lines.new() == [{"step": 2}, {"step": 4}]
-    assert GrowingLines(path, newest_bytes=20).new() == [{"step": 4}]
+        file.write('ep": 2}\n[cut off{"time": 3.0, "step": 3}\n{"step": 4}\n{"time": 5.0, "step": 5}\n')
+    assert lines.new() == [{"time": 2.0, "step": 2}, {"time": 5.0, "step": 5}]
+    assert GrowingLines(path, newest_bytes=35).new() == [{"time": 5.0, "step": 5}]
 
 
 def test_a_file_written_anew_without_lost_steps_is_told_from_there_on(tmp_path: Path) -> None:
