@@ -87,6 +87,19 @@ def test_a_failed_run_says_why_and_exits_as_it_did(run_dir: Path) -> None:
     assert "free some space" in result.stdout
 
 
+def test_a_run_that_never_began_has_no_report_but_what_its_driver_said(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "logs").mkdir(parents=True)
+    failed(run_dir)
+    assert " report " not in run("status", run_dir).stdout
+    (run_dir / "logs" / "launcher.log").touch()
+    found = run("status", run_dir).stdout
+    assert "".join(found.split()).endswith(f"whatitsaid{run_dir}/logs/launcher.log")
+    assert " report " not in found
+    (run_dir / "config.yaml").touch()
+    assert " report " in run("status", run_dir).stdout
+
+
 def test_a_killed_run_is_lost(run_dir: Path) -> None:
     held = claim(run_dir)
     held.__enter__()
