@@ -149,6 +149,16 @@ def test_json_has_all_of_it(run_dir: Path, alive: RunClaim) -> None:
     assert found["events"][-1]["kind"] == "co-tenant"
 
 
+def test_devices_that_the_table_leaves_out_are_in_the_json(run_dir: Path, alive: RunClaim) -> None:
+    devices = [{**DEVICES[0], "rank": rank, "device": f"CPU-{rank:04d}", "name": f"cpu-{rank}"} for rank in range(40)]
+    append(run_dir, "events", event(60, "regroup", detail="40 replicas", devices=devices))
+    status = read_status(run_dir)
+    out = console()
+    out.print(status_view(status))
+    assert "and 24 more devices: revdist status --json has them all" in text_of(out)
+    assert [rank["device"] for rank in status_mapping(status)["ranks"]] == [device["name"] for device in devices]
+
+
 @pytest.mark.parametrize("command", ["status", "attach", "logs", "stop"])
 def test_what_is_no_run_directory_is_said_to_be_none(tmp_path: Path, command: str) -> None:
     result = run(command, tmp_path / "nowhere")
