@@ -36,8 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False, emoji=False)  # errors, paths and processes may have anything between brackets
+errors = Console(stderr=True, markup=False, emoji=False)
 
 Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run; configs/ has some.")]
 Overrides = Annotated[

@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from revdist import cli
 from revdist.cluster import trainer
+from revdist.devices.reading import Holder, Reading
 from revdist.errors import BudgetTooSmall, Preempted, RunFailed
 
 sys.path.insert(0, str(Path(__file__).parent / "reporting"))
@@ -266,3 +267,24 @@ def test_devices_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = run("devices")
     assert result.exit_code == 0
     assert "cpu-0" in result.stdout
+
+
+def test_a_holder_is_shown_by_its_whole_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = Holder(pid=42, name="python [/data/x].py [a]", used_bytes=2**20)
+    reading = Reading(
+        uuid="CPU-1",
+        name="cpu-0",
+        kind="cpu",
+        index=0,
+        host="node-a",
+        total_bytes=2**30,
+        free_bytes=2**29,
+        used_bytes=2**29,
+        time_s=0.0,
+        holders=(holder,),
+    )
+    monkeypatch.setattr("revdist.devices.list_devices", lambda: [reading])
+    monkeypatch.setenv("COLUMNS", "120")
+    result = run("devices")
+    assert result.exit_code == 0
+    assert "python [/data/x].py [a] (42) 1.0 MiB" in result.stdout

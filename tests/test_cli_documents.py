@@ -32,11 +32,22 @@ def sections_in(annotation: object) -> Iterator[type[pydantic.BaseModel]]:
         yield from sections_in(argument)
 
 
-def test_every_configuration_key_is_documented_and_no_other() -> None:
+def documented() -> set[str]:
+    """What the tables of configuration.md are about."""
     text = (ROOT / "docs" / "configuration.md").read_text()
     rows = re.findall(r"^\| (`[^|]*) \|", text, flags=re.M)
-    documented = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
-    assert documented == set(keys(RunConfig))
+    return {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
+
+
+def test_every_configuration_key_is_documented_and_no_other() -> None:
+    assert {key for key in documented() if not key.isupper()} == set(keys(RunConfig))
+
+
+def test_every_environment_variable_is_documented_and_no_other() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "revdist").rglob("*.py"))
+    variables = {key for key in documented() if key.isupper()}
+    assert not set(re.findall(r'environ\.get\("(REVDIST_\w+)"', code)) - variables
+    assert not {name for name in variables if f'"{name}"' not in code}
 
 
 def test_the_readme_maps_every_folder() -> None:

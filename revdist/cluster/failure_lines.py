@@ -16,7 +16,7 @@ def failure_lines(error: BaseException) -> list[str]:
     if not isinstance(error, RevdistError):
         return [
             f"{type(error).__name__}: {_first_line(error)}",
-            "this is a bug in revdist: --traceback shows where",
+            "this is a bug in revdist: `revdist --traceback COMMAND ...` shows where",
         ]
     clauses = [clause.strip() for clause in str(error).replace("\n", "; ").split("; ") if clause.strip()]
     where = _where(error)

@@ -25,7 +25,7 @@ def launch_detached(console: Console, errors: Console, trainer: Trainer, argumen
     run_dir = trainer.choose_run_dir()
     log_dir = trainer.choose_log_dir(run_dir)
     more = [f"--run-dir={run_dir}", f"--log-dir={log_dir}", *(["--resume"] if trainer.resume else [])]
-    with console.status(f"starting {trainer.config.name} in the background ..."):
+    with console.status(Text(f"starting {trainer.config.name} in the background ...")):
         cores = trainer.num_cores if trainer.address is None else None
         run = DetachedRun([*arguments, *more], run_dir, log_dir, cores=cores)
         record = run.wait_until_under_way()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
 from revdist.cluster.observer import Observer
 from revdist.devices.reading import Reading
 from revdist.errors import UsageError
-from revdist.training.run_directory import plan_of
+from revdist.training.run_directory import plan_of, records
 
 Line = Mapping[str, Any]
 
@@ -33,7 +32,7 @@ def check_run_dir(run_dir: Path) -> None:
 
 @final
 class GrowingLines:
-    """The JSON lines of a file, as far as they are whole, each once."""
+    """The lines of a `.jsonl` file of a run, as far as they are whole, each once."""
 
     def __init__(self, path: Path, *, newest_bytes: int | None = None) -> None:
         """newest_bytes: skip what lies before so many bytes from the end; None: read all."""
@@ -57,8 +56,9 @@ class GrowingLines:
         if block:
             self._offset += len(block)
             self._last_line = block[block.rfind(b"\n", 0, -1) + 1 :]
-        lines = [line for line in _parsed(block) if goes_on or line.get("time", 0.0) > self._newest_s]
-        self._newest_s = max((line.get("time", 0.0) for line in lines), default=self._newest_s)
+        found = records(block.splitlines(keepends=True), self._path.stem)
+        lines = [line for line in found if goes_on or line["time"] > self._newest_s]
+        self._newest_s = max((line["time"] for line in lines), default=self._newest_s)
         return lines
 
     def _goes_on(self, file: BinaryIO) -> bool:
@@ -73,16 +73,6 @@ class GrowingLines:
         file.seek(skipped)
         self._last_line = file.readline() if skipped else b""  # may be a part of one
         self._offset = file.tell()
-
-
-def _parsed(block: bytes) -> Iterator[dict[str, Any]]:
-    for line in block.splitlines():
-        try:
-            found = json.loads(line)
-        except ValueError:  # cut off when an earlier session was killed
-            continue
-        if isinstance(found, dict):
-            yield found
 
 
 @final

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from revdist.errors import UsageError
 from revdist.training.run_directory import RunReader
 
@@ -74,12 +76,22 @@ def read_history(run_dir: Path) -> RunHistory:
     if not run_dir.is_dir():
         raise UsageError(f"no run directory {run_dir}; `revdist launch` says where it writes, runs/<name>-<time>")
     reader = RunReader(run_dir)
+    config = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
     return RunHistory(
         run_dir=run_dir,
-        name=reader.config().name,
-        config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
+        name=_name(config) or run_dir.resolve().name,
+        config=config,
         plans=tuple(reader.plans()),
         metrics=tuple(reader.metrics()),
         events=tuple(reader.events()),
         summary=reader.summary(),
     )
+
+
+def _name(config: str) -> str:
+    """The name in a configuration, which may be that of another version; empty where none can be read."""
+    try:
+        values = yaml.safe_load(config)
+    except (yaml.YAMLError, ValueError):
+        return ""
+    return str(values.get("name", "")) if isinstance(values, dict) else ""

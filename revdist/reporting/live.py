@@ -58,7 +58,7 @@ class LiveView(Observer):
         self._screen = screen or screen_for(console)
         self._state = RunState(name)
         self._log_ranks = log_ranks
-        self._starting = console.status(waiting)
+        self._starting = console.status(Text(waiting))
         self._is_open = False
 
     def __enter__(self) -> Self:

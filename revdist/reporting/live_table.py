@@ -22,7 +22,7 @@ def picture(state: RunState) -> RenderableType:
     parts: list[RenderableType] = [_table(state)]
     hidden = len(state.ranks) - MAX_RANKS
     if hidden > 0:
-        parts.append(Text(f"  and {hidden} more devices: revdist report shows them all", style="dim"))
+        parts.append(Text(f"  and {hidden} more devices: revdist status --json has them all", style="dim"))
     strips = [rank.plan.schedule.strip for rank in state.ranks.values() if rank.plan]
     if strips:
         parts.append(Padding(legend(letters_used(strips)), (0, 0, 0, 1)))

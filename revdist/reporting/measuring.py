@@ -119,5 +119,6 @@ def _spec(config: RunConfig) -> DeviceSpec:
 
 
 def _bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), TextColumn("{task.completed}/{task.total}"))
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

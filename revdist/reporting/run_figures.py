@@ -132,11 +132,10 @@ def _memory(axes: Axes, history: RunHistory, rank: int) -> None:
     free = _values(parts, "free_bytes")
     measured = _values(parts, "peak_bytes") - fixed
     plans = history.plans_of(rank)
-    adopted = [plan["time"] - history.start_s for plan in plans] + [history.end_s - history.start_s]
-    budget = np.array([plan["budget_bytes"] for plan in plans] + [plan["budget_bytes"] for plan in plans[-1:]])
-    need = np.array(
-        [plan["schedule"]["need_bytes"] for plan in plans] + [p["schedule"]["need_bytes"] for p in plans[-1:]]
-    )
+    in_force = [*plans, *plans[-1:]]  # the last one until the end
+    adopted = [plan["time"] - history.start_s for plan in plans] + [history.end_s - history.start_s for _ in plans[-1:]]
+    budget = np.array([plan["budget_bytes"] for plan in in_force])
+    need = np.array([plan["schedule"]["need_bytes"] for plan in in_force])
     unit, size = byte_unit([*free, *measured, *budget])
     color = rank_color(rank)
     axes.plot(times, free / size, ".", color=FREE, markersize=4, zorder=1)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from revdist.cluster.claim import state_of
+from revdist.cluster.detached import LAUNCHER_LOG
 from revdist.cluster.observer import Observer
 from revdist.cluster.run_record import RunRecord, State, read_record
 from revdist.devices.reading import Reading
@@ -118,18 +119,22 @@ def status_mapping(status: RunStatus) -> dict[str, Any]:
     }
 
 
-def look_after(run_dir: Path, *, alive: bool = True) -> RenderableType:
-    """The commands for a run that goes on, or has ended."""
-    going_on = {"watch it": "attach", "its state": "status", "what ranks print": "logs", "end it": "stop"}
-    return _commands(run_dir, going_on if alive else {"look at it": "report"})
+def look_after(run_dir: Path) -> RenderableType:
+    """The commands for a run that goes on."""
+    names = {"watch it": "attach", "its state": "status", "what ranks print": "logs", "end it": "stop"}
+    return _hint_table({what: _command(name, run_dir) for what, name in names.items()})
 
 
-def _commands(run_dir: Path, commands: Mapping[str, str]) -> RenderableType:
+def _command(name: str, run_dir: Path) -> str:
+    return f"{command()} {name} {shown_path(run_dir)}"
+
+
+def _hint_table(hints: Mapping[str, str]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for what, name in commands.items():
-        table.add_row(what, Text(f"{command()} {name} {shown_path(run_dir)}"))
+    for what, hint in hints.items():
+        table.add_row(what, Text(hint))
     return Padding(table, (0, 0, 0, 1))
 
 
@@ -161,10 +166,22 @@ def _events(status: RunStatus) -> RenderableType:
 
 
 def _hints(status: RunStatus) -> RenderableType:
+    if status.alive:
+        return look_after(status.run_dir)
     if status.state == "lost":
         killed = Text(" its driver was killed, and could not say why it ends here\n", style="yellow")
-        return Group(killed, _commands(status.run_dir, {"end what is left": "stop", "look at it": "report"}))
-    return look_after(status.run_dir, alive=status.alive)
+        end = {"end what is left": _command("stop", status.run_dir)}
+        return Group(killed, _hint_table(end | _what_is_there(status)))
+    return _hint_table(_what_is_there(status))
+
+
+def _what_is_there(status: RunStatus) -> dict[str, str]:
+    """Where to look at a run that is over: its report, once it has begun, or what its driver said before."""
+    if (status.run_dir / "config.yaml").is_file():
+        return {"look at it": _command("report", status.run_dir)}
+    folders = (Path(status.record.log_dir), status.run_dir / "logs")  # the latter where the directory was moved
+    logs = [folder / LAUNCHER_LOG for folder in folders if (folder / LAUNCHER_LOG).is_file()]
+    return {"what it said": shown_path(logs[0])} if logs else {}
 
 
 def _rank_mapping(rank: RankState) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Profiles kept between runs: what was measured once on a kind of device is not measured again.
 
-One JSON file per key in `$REVDIST_CACHE_DIR`, by default `~/.cache/revdist`. The key covers what a
-profile depends on; a file that cannot be read is as good as none.
+One JSON file per key in the user's cache folder. The key covers what a profile depends on; a file that
+cannot be read is as good as none.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from revdist.errors import InvalidCosts
+from revdist.devices.build import cache_folder
+from revdist.errors import DeviceError, InvalidCosts
 from revdist.planning.costs import Option, Profile
 
 _KEY = re.compile(r"[0-9a-f]{32}")
-
-
-def cache_dir() -> Path:
-    """Folder of the cache; it may not exist yet."""
-    configured = os.environ.get("REVDIST_CACHE_DIR")
-    return Path(configured) if configured else Path.home() / ".cache" / "revdist"
 
 
 def profile_key(
@@ -54,8 +49,8 @@ def profile_key(
 def load_profile(key: str) -> Profile | None:
     """The profile kept under a key; None where there is none that can be read."""
     try:
-        return Profile.from_json((cache_dir() / f"profile-{key}.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, InvalidCosts):
+        return Profile.from_json((cache_folder() / f"profile-{key}.json").read_text(encoding="utf-8"))
+    except (DeviceError, OSError, UnicodeDecodeError, InvalidCosts):
         return None
 
 
@@ -66,13 +61,12 @@ def store_profile(profile: Profile) -> None:
     """
     if not _KEY.fullmatch(profile.key):
         return
-    folder = cache_dir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = cache_folder()
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False, encoding="utf-8") as file:
             file.write(profile.to_json())
         os.replace(file.name, folder / f"profile-{profile.key}.json")
-    except OSError:
+    except (DeviceError, OSError):
         return
 
 

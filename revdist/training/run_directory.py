@@ -16,7 +16,8 @@
     checkpoints/    saved training state
 
 A run writes through one `RunWriter`; a line is complete or absent, so files can be read while they grow,
-and waits in memory while the disk is full, so that the run goes on.
+and waits in memory while the disk is full, so that the run goes on. A host that loses power may leave damaged
+lines all the same: readers skip them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, final
@@ -55,6 +56,13 @@ EVENT_KINDS = (
     "failed",
     "end",
 )
+
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "plans": ("time", "step", "free_bytes", *(field.name for field in dataclasses.fields(Plan))),
+    "metrics": ("time", "step"),
+    "events": ("time", "kind"),
+}
+"""By the stem of a file, what every line of it has."""
 
 _BLOCK_BYTES = 64 * 2**10
 """Of a file that is read from its end, at a time."""
@@ -158,8 +166,7 @@ class RunReader:
     def last_step(self) -> dict[str, Any] | None:
         """The last line of metrics.jsonl, found without reading those before; None where there is none."""
         path = self.path / "metrics.jsonl"
-        line = _last_line(path) if path.exists() else b""
-        return json.loads(line) if line else None
+        return _last_record(path) if path.exists() else None
 
     def events(self) -> Iterator[dict[str, Any]]:
         return self._lines("events")
@@ -169,34 +176,50 @@ class RunReader:
         return any(event["kind"] in ("checkpoint", "resumed") for event in self.events())
 
     def summary(self) -> dict[str, Any] | None:
-        """What the run came to; None while it has not ended."""
+        """What the run came to; None while it has not ended, or where that cannot be read."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _mapping(path.read_bytes()) if path.exists() else None
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         path = self.path / f"{name}.jsonl"
         if not path.exists():
             return
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):  # the last line may be half written
-                    yield json.loads(line)
+        with path.open("rb") as file:
+            yield from records(file, name)
 
 
-def _last_line(path: Path) -> bytes:
-    """The last whole line of a file; empty where there is none."""
+def records(lines: Iterable[bytes], name: str) -> Iterator[dict[str, Any]]:
+    """What lines of `<name>.jsonl` hold, given with their ends. Half a line, and a damaged one, is left out."""
+    for line in lines:
+        found = _mapping(line) if line.endswith(b"\n") else None
+        if found is not None and all(field in found for field in FIELDS[name]):
+            yield found
+
+
+def _mapping(text: bytes) -> dict[str, Any] | None:
+    """The mapping that this is in JSON; None where it is none."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _last_record(path: Path) -> dict[str, Any] | None:
+    """The last whole line of metrics.jsonl; None where there is none."""
     with path.open("rb") as file:
-        return next((line for _, line in _from_the_end(file) if line.endswith(b"\n")), b"")
+        return next(records((line for _, line in _from_the_end(file)), "metrics"), None)
 
 
 def _remove_later(path: Path, step: int) -> int:
-    """Cut the lines of steps after `step`, and half a line, off the end of a file; returns how many there were."""
+    """Cut the lines of steps after `step`, and damaged ones, off the end of a file; returns how many there were."""
     if not path.exists():
         return 0
     with path.open("rb+") as file:
         end, num_removed = file.seek(0, os.SEEK_END), 0
         for begin, line in _from_the_end(file):
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            found = _mapping(line) if line.endswith(b"\n") else None
+            if found is not None and found.get("step", math.inf) <= step:
                 break
             end, num_removed = begin, num_removed + 1
         file.truncate(end)

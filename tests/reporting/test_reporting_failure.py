@@ -35,7 +35,7 @@ def test_five_lines_at_most_and_the_last_one_stays() -> None:
 def test_our_own_bugs_say_that_they_are() -> None:
     first, second = failure_lines(KeyError("share\nmore"))
     assert first.startswith("KeyError: ")
-    assert "--traceback" in second
+    assert "revdist --traceback COMMAND ..." in second
 
 
 def test_the_text_starts_with_the_word_error() -> None:

@@ -28,6 +28,17 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
     assert history.summary is None
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [("name: old\na_key_of_before: 1\n", "old"), ("steps: 3\n", "run"), ("[1]", "run"), ("{name: \xff", "run")],
+)
+def test_the_configuration_of_another_version_is_shown_as_it_stands(tmp_path: Path, config: str, name: str) -> None:
+    run_dir = write_run(tmp_path / "run", steps=3)
+    (run_dir / "config.yaml").write_text(config)
+    history = read_history(run_dir)
+    assert (history.name, history.config) == (name, config)
+
+
 @pytest.mark.parametrize("place", ["nowhere", "."])
 def test_what_is_not_a_run_directory_is_refused(tmp_path: Path, place: str) -> None:
     with pytest.raises(UsageError, match="run directory"):

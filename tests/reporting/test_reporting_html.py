@@ -58,6 +58,18 @@ def test_a_run_without_a_step_has_a_report_too(tmp_path: Path) -> None:
     assert "No step has been done yet" in write_report(run_dir).read_text()
 
 
+def test_a_run_with_damaged_lines_has_a_report_too(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", steps=20)
+    (run_dir / "plans.jsonl").unlink()
+    for name in ("metrics", "events"):
+        with (run_dir / f"{name}.jsonl").open("ab") as file:
+            file.write(b'{"time": 1.0, "st\n\xff\n3\n{"step": 21, "kind": "end"}\n')
+    (run_dir / "summary.json").write_text('{"steps": 2')
+    text = write_report(run_dir).read_text()
+    assert "not finished" in text
+    assert "data:image/svg+xml" in text
+
+
 def test_nothing_is_written_where_there_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         write_report(tmp_path)

@@ -87,6 +87,19 @@ def test_a_failed_run_says_why_and_exits_as_it_did(run_dir: Path) -> None:
     assert "free some space" in result.stdout
 
 
+def test_a_run_that_never_began_has_no_report_but_what_its_driver_said(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "logs").mkdir(parents=True)
+    failed(run_dir)
+    assert " report " not in run("status", run_dir).stdout
+    (run_dir / "logs" / "launcher.log").touch()
+    found = run("status", run_dir).stdout
+    assert "".join(found.split()).endswith(f"whatitsaid{run_dir}/logs/launcher.log")
+    assert " report " not in found
+    (run_dir / "config.yaml").touch()
+    assert " report " in run("status", run_dir).stdout
+
+
 def test_a_killed_run_is_lost(run_dir: Path) -> None:
     held = claim(run_dir)
     held.__enter__()
@@ -102,6 +115,31 @@ def test_a_killed_run_is_lost(run_dir: Path) -> None:
     assert "end what is left" in text_of(out)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[/pytorch/third_party/gloo/pair.cc:538] Connection closed by peer",
+        "[enforce fail at container.cc:603] file [a.bin] :smile:",
+    ],
+)
+@pytest.mark.parametrize("command", ["status", "attach"])
+def test_brackets_in_an_event_are_shown_as_they_are(run_dir: Path, command: str, words: str) -> None:
+    append(run_dir, "events", event(60, "failed", detail=words))
+    failed(run_dir)
+    result = CliRunner().invoke(cli.app, [command, str(run_dir)], env={"COLUMNS": "160"})
+    assert result.exit_code == 1
+    assert f"failed: {words}" in result.stdout
+
+
+def test_damaged_lines_are_passed_over(run_dir: Path, alive: RunClaim) -> None:
+    before = read_status(run_dir)
+    for name in ("plans", "metrics", "events"):
+        with (run_dir / f"{name}.jsonl").open("ab") as file:
+            file.write(b'\n{"time": 1.0, "st\n\xff\n3\n{"step": 61, "kind": "end"}\n')
+    after = read_status(run_dir)
+    assert (after.progress.step, after.events) == (before.progress.step, before.events)
+
+
 def test_json_has_all_of_it(run_dir: Path, alive: RunClaim) -> None:
     found = json.loads(run("status", run_dir, "--json").stdout)
     assert found == json.loads(json.dumps(status_mapping(read_status(run_dir))))
@@ -109,6 +147,16 @@ def test_json_has_all_of_it(run_dir: Path, alive: RunClaim) -> None:
     assert [rank["device"] for rank in found["ranks"]] == ["cpu-0", "cpu-1"]
     assert set(found["ranks"][1]["schedule"]) == {"S"}
     assert found["events"][-1]["kind"] == "co-tenant"
+
+
+def test_devices_that_the_table_leaves_out_are_in_the_json(run_dir: Path, alive: RunClaim) -> None:
+    devices = [{**DEVICES[0], "rank": rank, "device": f"CPU-{rank:04d}", "name": f"cpu-{rank}"} for rank in range(40)]
+    append(run_dir, "events", event(60, "regroup", detail="40 replicas", devices=devices))
+    status = read_status(run_dir)
+    out = console()
+    out.print(status_view(status))
+    assert "and 24 more devices: revdist status --json has them all" in text_of(out)
+    assert [rank["device"] for rank in status_mapping(status)["ranks"]] == [device["name"] for device in devices]
 
 
 @pytest.mark.parametrize("command", ["status", "attach", "logs", "stop"])
@@ -135,12 +183,12 @@ def test_lines_come_whole_and_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = GrowingLines(path)
     assert lines.new() == []
-    path.write_text('{"step": 1}\n{"st')
-    assert lines.new() == [{"step": 1}]
+    path.write_text('{"time": 1.0, "step": 1}\n{"time": 2.0, "st')
+    assert lines.new() == [{"time": 1.0, "step": 1}]
     with path.open("a") as file:
-        file.write('ep": 2}\n[cut off{"step": 3}\n{"step": 4}\n')
-    assert lines.new() == [{"step": 2}, {"step": 4}]
-    assert GrowingLines(path, newest_bytes=20).new() == [{"step": 4}]
+        file.write('ep": 2}\n[cut off{"time": 3.0, "step": 3}\n{"step": 4}\n{"time": 5.0, "step": 5}\n')
+    assert lines.new() == [{"time": 2.0, "step": 2}, {"time": 5.0, "step": 5}]
+    assert GrowingLines(path, newest_bytes=35).new() == [{"time": 5.0, "step": 5}]
 
 
 def test_a_file_written_anew_without_lost_steps_is_told_from_there_on(tmp_path: Path) -> None:

@@ -33,14 +33,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     writer.create(run_config())
     writer.plan(PLAN, time=1.0, step=4, free_bytes=5)
     writer.metrics({"time": 0.0, "step": 1, "loss": float("nan"), "ranks": [{"rank": 0}]})
-    writer.event({"kind": "start", "step": 0})
+    writer.event({"time": 0.0, "kind": "start", "step": 0})
     reader = RunReader(tmp_path / "run")
     assert reader.config() == run_config()
     (plan,) = reader.plans()
     assert plan["strip"] == "SI"
     assert plan_of(plan) == PLAN
     assert list(reader.metrics()) == [{"time": 0.0, "step": 1, "loss": None, "ranks": [{"rank": 0}]}]
-    assert list(reader.events()) == [{"kind": "start", "step": 0}]
+    assert list(reader.events()) == [{"time": 0.0, "kind": "start", "step": 0}]
     assert reader.summary() is None
     writer.summary({"steps": 3})
     assert reader.summary() == {"steps": 3}
@@ -51,8 +51,35 @@ def test_a_half_written_line_is_not_read(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path)
     writer.create(run_config())
     writer.close()
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step":')
-    assert list(RunReader(tmp_path).metrics()) == [{"step": 1}]
+    (tmp_path / "metrics.jsonl").write_text('{"time": 1.0, "step": 1}\n{"time": 2.0, "step":')
+    assert list(RunReader(tmp_path).metrics()) == [{"time": 1.0, "step": 1}]
+
+
+DAMAGED = (b'{"time": 2.0, "st', b'{"time": 1.0, \xff}', b"\0" * 9, b"3", b'{"step": 2, "kind": "end"}', b"")
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+def test_a_damaged_line_is_not_read(tmp_path: Path, damaged: bytes) -> None:
+    writer = RunWriter(tmp_path)
+    writer.create(run_config())
+    writer.plan(PLAN, time=1.0, step=4, free_bytes=5)
+    writer.metrics({"time": 1.0, "step": 1})
+    writer.event({"time": 1.0, "kind": "start", "step": 0})
+    writer.close()
+    for name in ("plans", "metrics", "events"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(damaged + b"\n" + path.read_bytes() + damaged + b"\n")
+    reader = RunReader(tmp_path)
+    assert [plan_of(plan) for plan in reader.plans()] == [PLAN]
+    assert list(reader.metrics()) == [{"time": 1.0, "step": 1}] == [reader.last_step()]
+    assert list(reader.events()) == [{"time": 1.0, "kind": "start", "step": 0}]
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"steps": 3, "wa', b"\xff", b"[3]"])
+def test_a_damaged_summary_is_none(tmp_path: Path, damaged: bytes) -> None:
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "summary.json").write_bytes(damaged)
+    assert RunReader(tmp_path).summary() is None
 
 
 @pytest.mark.parametrize("bytes_a_line", [10, 100_000])
@@ -63,7 +90,7 @@ def test_the_last_step_is_found_from_the_end_of_the_file(tmp_path: Path, bytes_a
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step')
     assert reader.last_step() is None
-    lines = [json.dumps({"step": step, "more": "x" * bytes_a_line}) + "\n" for step in range(1, 6)]
+    lines = [json.dumps({"time": 1.0, "step": step, "more": "x" * bytes_a_line}) + "\n" for step in range(1, 6)]
     for number in range(1, len(lines) + 1):
         metrics.write_text("".join(lines[:number]) + lines[0][:20])
         assert (reader.last_step() or {})["step"] == number
@@ -121,7 +148,7 @@ def test_lines_of_steps_that_were_lost_are_removed_on_resume(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("bytes_a_line", [10, 100_000])
-@pytest.mark.parametrize("half", ["", '{"step": 6, "mo'])
+@pytest.mark.parametrize("half", ["", '{"step": 6, "mo', "\0\0\0\n", "3\n"])
 def test_lost_steps_are_looked_for_at_the_end_of_the_file_alone(tmp_path: Path, bytes_a_line: int, half: str) -> None:
     metrics = tmp_path / "metrics.jsonl"
     begin = "what is not read need not make sense\n" * 3

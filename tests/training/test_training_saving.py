@@ -14,6 +14,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from replicas import run_config
 
+from revdist.devices.build import cache_folder
 from revdist.devices.cpu import CpuDevice
 from revdist.errors import CheckpointError
 from revdist.planning.costs import Mode, Option, Profile
@@ -23,7 +24,7 @@ from revdist.training.checkpoint_files import checkpoints, newest_whole, read_pr
 from revdist.training.optimizer import build_optimizer
 from revdist.training.orders import Shares
 from revdist.training.parts import Parts, build_parts
-from revdist.training.profile_cache import cache_dir, load_profile
+from revdist.training.profile_cache import load_profile, store_profile
 from revdist.training.saving import Saver
 
 SHARES = Shares(generation=3, by_rank=(9, 3), reason="share")
@@ -261,4 +262,24 @@ def test_profiles_reach_the_cache_of_another_machine(tmp_path: Path, monkeypatch
     assert read_profiles(tmp_path / "saved") == (known, elsewhere)
     run.saver.recall_profiles()
     assert load_profile("a" * 32) == known
-    assert [path.name for path in cache_dir().iterdir()] == [f"profile-{'a' * 32}.json"]  # no path leads out of it
+    assert [path.name for path in cache_folder().iterdir()] == [f"profile-{'a' * 32}.json"]  # no path leads out of it
+
+
+@pytest.mark.parametrize("variable", ["REVDIST_CACHE_DIR", "XDG_CACHE_HOME"])
+def test_profiles_lie_in_the_cache_folder_that_is_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.delenv("REVDIST_CACHE_DIR", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    known = profile("c" * 32)
+    store_profile(known)
+    assert [path.name for path in (tmp_path / "cache").rglob("profile-*.json")] == [f"profile-{known.key}.json"]
+    assert load_profile(known.key) == known
+
+
+def test_a_cache_folder_of_somebody_else_is_as_good_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REVDIST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("os.getuid", lambda: -1)
+    store_profile(profile("c" * 32))
+    assert load_profile("c" * 32) is None
+    assert not list(tmp_path.iterdir())
