@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-import yaml
 
+from revdist.config_text import override, read_mapping, to_yaml
 from revdist.errors import ConfigError
 from revdist.sizes import parse_bytes as parse_bytes
 
@@ -296,45 +296,16 @@ class RunConfig(Section):
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Read a YAML file, then apply `key.sub=value` overrides, values being YAML."""
         path = Path(path)
-        try:
-            values = _read_yaml(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"no configuration file {path}: check the path, or start from one in configs/") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold keys and values, not {type(values).__name__}")
-        for override in overrides:
-            _override(values, override)
+        values = read_mapping(path)
+        for text in overrides:
+            override(values, text)
         if "name" not in values:
             values["name"] = _name_from(path)
         return cls.from_mapping(values, source=str(path))
 
     def to_yaml(self) -> str:
         """The resolved configuration; `from_yaml` reads it back to an equal one."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which `1e-3` is a number as in YAML 1.2."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would take for numbers."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+|\.[0-9]+)$"),
-        list("-+.0123456789"),
-    )
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+        return to_yaml(self.model_dump(mode="json"))
 
 
 def _name_from(path: Path) -> str:
@@ -352,39 +323,6 @@ def _cpu_names(devices: Sequence[DeviceSpec]) -> set[str]:
     given = [device.name for device in devices if device.kind == "cpu"]
     unnamed = {f"cpu-{number}" for number in range(len(given))} if "" in given else set()
     return unnamed | {name for name in given if name}
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} must read key=value, for example global_batch=64")
-    try:
-        value = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
-    *parents, last = key.split(".")
-    place: Any = values
-    for parent in parents:
-        place = _step_into(place, parent, override)
-    if isinstance(place, list):
-        place[_index(place, last, override)] = value
-    else:
-        place[last] = value
-
-
-def _step_into(place: Any, name: str, override: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, name, override)]
-    below = place.setdefault(name, {})
-    if not isinstance(below, dict | list):
-        raise ConfigError(f"override {override!r}: {name} is a value, not a section")
-    return below
-
-
-def _index(place: list[Any], name: str, override: str) -> int:
-    if not name.isdecimal() or int(name) >= len(place):
-        raise ConfigError(f"override {override!r}: the list has entries 0 to {len(place) - 1}, not {name}")
-    return int(name)
 
 
 def _explain(errors: list[Any], root: type[pydantic.BaseModel]) -> str:

@@ -50,7 +50,7 @@ TENANT = {"device": "cpu-1", "take": "1MiB", "from_step": 5, "to_step": 9}
         ),
         ({"global_batch": 0}, "global_batch: .*greater than or equal to 1.*got 0"),
         ({"global_batch": "many"}, "global_batch: .*got 'many'"),
-        ({"epochs": 3}, "either epochs or steps$"),
+        ({"epochs": 3}, "either epochs or steps: for example epochs=null steps=10, or steps=null$"),
         ({"steps": None}, "either epochs or steps"),
         ({"model": {"factory": "no colon"}}, "model.factory: .*got 'no colon'"),
         ({"devices": "everything"}, "devices"),

@@ -8,19 +8,19 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from revdist.cluster.claim import RunClaim, is_orphaned, refuse_living
+from revdist.cluster.claim import RunClaim
 from revdist.cluster.lifelines import Lifelines
 from revdist.cluster.local import addresses, ray_cluster, session_folder
 from revdist.cluster.observer import Observer, Observers
+from revdist.cluster.run_dirs import checkpoint_folder, choose_run_dir, has_checkpoint
 from revdist.cluster.run_record import RAY_SESSION
 from revdist.cluster.signals import StopRequest, stop_on_signals, stopped_at_start
 from revdist.config import RunConfig
 from revdist.devices.reading import Reading
-from revdist.errors import CheckpointError, ConfigError, NoFreeDevice, Preempted
+from revdist.errors import NoFreeDevice, Preempted
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -158,11 +158,11 @@ class Trainer:
         restarter = Restarter(
             self.config,
             assign=lambda resume: functools.partial(self._assignment, run_dir, resume=resume),
-            checkpoint_folder=self._checkpoint_folder(run_dir),
+            checkpoint_folder=checkpoint_folder(self.config, run_dir),
             stop_reason=stop_reason,
         )
         crew = self._find(claim, observer, heritage)
-        resume = self.resume and (crew is not None or self._has_checkpoint(run_dir))
+        resume = self.resume and (crew is not None or has_checkpoint(self.config, run_dir))
         assign = functools.partial(self._assignment, run_dir, resume=resume)
         if crew is None and claim.orphans is not None:
             crew = self._start_after_loss(claim, observer, restarter)
@@ -185,7 +185,7 @@ class Trainer:
                     observer,
                     assign=functools.partial(assign, len(crew.places)),
                     restarter=restarter,
-                    checkpoint_folder=self._checkpoint_folder(run_dir),
+                    checkpoint_folder=checkpoint_folder(self.config, run_dir),
                     stop_reason=stop_reason,
                     restarts=claim.record.restarts,
                 )
@@ -301,7 +301,7 @@ class Trainer:
             config=self.config,
             rendezvous=rendezvous,
             world_size=world_size,
-            checkpoints=self._checkpoint_folder(run_dir),
+            checkpoints=checkpoint_folder(self.config, run_dir),
             resume=resume,
             data=self.datasets,
         )
@@ -329,62 +329,7 @@ class Trainer:
 
         Raises ConfigError or CheckpointError. Nothing is made yet.
         """
-        if self.run_dir is None:
-            if self.resume:
-                raise ConfigError("resume needs run_dir, the run directory to go on with")
-            from revdist.training.run_directory import default_run_dir
-
-            run_dir = default_run_dir(self.config.name, datetime.now()).absolute()
-            self._refuse_anothers_checkpoints(run_dir)
-            return run_dir
-        run_dir = Path(self.run_dir).absolute()
-        refuse_living(run_dir)
-        if self.resume:
-            if not is_orphaned(run_dir):  # else replicas may be alive
-                self._has_checkpoint(run_dir)
-        elif (run_dir / "config.yaml").exists():
-            raise ConfigError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir")
-        else:
-            self._refuse_anothers_checkpoints(run_dir)
-        return run_dir
-
-    def _has_checkpoint(self, run_dir: Path) -> bool:
-        """Whether the run has a checkpoint to go on from; one that was lost before its first begins again.
-
-        Raises CheckpointError where there is no run, or its checkpoints are gone.
-        """
-        from revdist.training.checkpoint_files import checkpoints, newest
-        from revdist.training.run_directory import RunReader
-
-        folder = self._checkpoint_folder(run_dir)
-        if checkpoints(folder):
-            return True
-        if not (run_dir / "config.yaml").exists():
-            newest(folder)
-        if RunReader(run_dir).was_saved():
-            raise CheckpointError(
-                f"no checkpoint in {folder}, where one was when the run was last written down in {run_dir}: "
-                "put back a copy, set checkpoint.location to where it is, or start a new run in another --run-dir"
-            )
-        return False
-
-    def _checkpoint_folder(self, run_dir: Path) -> str:
-        """Where the run's checkpoints lie: the absolute path of a folder, or a URL."""
-        return self.config.checkpoint.location or str(run_dir / "checkpoints")
-
-    def _refuse_anothers_checkpoints(self, run_dir: Path) -> None:
-        """Raise ConfigError where another run's checkpoints lie, which would count among this one's."""
-        if not self.config.checkpoint.location:
-            return
-        from revdist.training.checkpoint_files import checkpoints
-
-        folder = self._checkpoint_folder(run_dir)
-        found = checkpoints(folder)
-        if found:
-            raise ConfigError(
-                f"checkpoint.location {folder} already holds {found[-1].name} of another run: "
-                "go on with that one by --resume, or choose another location"
-            )
+        return choose_run_dir(self.config, self.run_dir, resume=self.resume)
 
     def choose_log_dir(self, run_dir: Path) -> Path:
         """Absolute path of the folder for what ranks print."""
