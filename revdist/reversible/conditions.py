@@ -129,6 +129,11 @@ class Conditions:
                 return True
         return False
 
+    @property
+    def drew(self) -> bool:
+        """Whether the forward, which has ended, drew random numbers."""
+        return self._drew
+
     def is_compiled(self) -> bool:
         """Whether a part of the operator went through torch.compile."""
         return is_compiled(self._modules)

@@ -25,7 +25,7 @@ from torch import nn
 
 from revdist.errors import ReplayDiverged
 from revdist.planning.costs import Mode
-from revdist.reversible import AdditiveCoupling, ReversibleChain
+from revdist.reversible import AdditiveCoupling, InvertibleConv2d, ReversibleChain
 
 
 def test_dropout_masks_are_those_of_the_forward_and_the_random_stream_goes_on_undisturbed():
@@ -149,6 +149,42 @@ def test_memory_layouts(layout, modes):
     chain(x).square().sum().backward()
     plain(x).square().sum().backward()
     assert_close(gradients(chain), gradients(plain))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded"])
+@pytest.mark.parametrize("demoted", [False, True])
+def test_masks_are_those_of_the_forward_where_an_inverse_returns_another_layout(demoted, layout):
+    """The circular convolution inverts through frequencies, which come back with other strides."""
+    torch.manual_seed(0)
+
+    def branch():
+        return nn.Sequential(nn.Dropout(0.5), nn.Conv2d(2, 2, 1))
+
+    chain = ReversibleChain([AdditiveCoupling(branch(), branch()), InvertibleConv2d(4)]).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    if layout == "expanded":
+        x = x[:1].expand(2, -1, -1, -1)
+    expected = step(chain, x)
+    chain.set_schedule(uniform(chain, Mode.SAVE if demoted else Mode.INVERT))
+    torch.manual_seed(3)
+    x.requires_grad_()
+    chain.zero_grad()
+    loss = chain(x).square().sum()
+    assert (chain.demote(10**9) > 0) == demoted
+    loss.backward()
+    assert_close([loss.detach(), x.grad, *gradients(chain)], expected)
+
+
+def test_what_draws_runs_again_on_the_layout_of_its_forward():
+    """Halves at the end of a run are parts of one tensor; a GPU draws for such in another order."""
+    layouts = []
+    branch = nn.Sequential(nn.Dropout(0.5), nn.Hardtanh())
+    branch[0].register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].stride()))
+    chain = ReversibleChain([AdditiveCoupling(nn.Identity(), branch)])
+    chain.set_schedule(uniform(chain, Mode.INVERT))
+    chain(torch.randn(2, 4, 3, 3, requires_grad=True)).square().sum().backward()
+    assert len(layouts) == 2
+    assert len(set(layouts)) == 1
 
 
 def test_no_grad_and_eval(modes):
