@@ -73,11 +73,16 @@ class MutableBuffers:
 def substitutes(
     modules: Sequence[nn.Module], snapshots: Sequence[Snapshot], settled: Sequence[nn.Module]
 ) -> dict[Slot, Tensor | None]:
-    """What stands in for every buffer that a replay would write to; `settled` norms are given their statistics."""
+    """What stands in for every buffer that a replay would write to; `settled` norms are given their statistics.
+
+    A buffer that the forward only read, and that has been replaced since, stands in for the present one.
+    """
     found: dict[Slot, Tensor | None] = {}
     for snapshot in snapshots:
         if snapshot.before is not None:
             found[snapshot.slot] = snapshot.before.clone()
+        elif snapshot.slot[0]._buffers.get(snapshot.slot[1]) is not snapshot.buffer:
+            found[snapshot.slot] = snapshot.buffer
     for module in modules:
         if isinstance(module, _NormBase) and module.training:
             for name, buffer in module._buffers.items():

@@ -84,8 +84,8 @@ class Replay:
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
         """Run the forward, or its next part, and keep what it saves."""
-        with inside_operator(), self._conditions.another_run(), torch.enable_grad():
-            self._owned_ids = self._conditions.owned_ids()
+        with inside_operator(), self._conditions.another_run() as stand_ins, torch.enable_grad():
+            self._owned_ids = self._conditions.owned_ids().union(map(id, stand_ins))
             with saved_tensors_hooks(self._capture, _never), self._conditions.statistics.given(self._capture):
                 yield
 

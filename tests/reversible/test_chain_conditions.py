@@ -10,6 +10,7 @@ import torch
 from reversible_models import (
     IMAGES,
     INVERT,
+    Plain,
     assert_close,
     branches,
     conv_chain,
@@ -119,6 +120,83 @@ def test_autocast_is_replayed(inside_backward, seed):
             assert torch.equal(one, other)
     assert set(dtypes) == {torch.bfloat16}
     assert not torch.is_autocast_enabled("cpu")
+
+
+class MovingMean(nn.Module):
+    """Subtracts a mean that each forward replaces by another tensor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return torch.tanh((x - self.mean) * (1 + self.mean.square()))
+
+
+@pytest.mark.parametrize("demoted", [False, True])
+def test_buffers_that_the_forward_replaces(demoted):
+    torch.manual_seed(0)
+
+    def branch():
+        return nn.Sequential(MovingMean(3), nn.Linear(3, 3), MovingMean(3))
+
+    chain, plain = twins(ReversibleChain([AdditiveCoupling(branch(), branch()) for _ in range(2)]).double())
+    chain.set_schedule(uniform(chain, *((Mode.SAVE,) if demoted else INVERT)))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for _ in range(3):
+        loss = chain(x).square().sum()
+        if demoted:
+            chain.demote(10**9)
+        loss.backward()
+        plain(x).square().sum().backward()
+        assert_close(gradients(chain), gradients(plain))
+    for one, other in zip(chain.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("frozen_before", [False, True])
+@pytest.mark.parametrize("name", ["0", "1.f"])
+def test_freezing_between_forward_and_backward(name, frozen_before, modes):
+    """A frozen layer saves less: not what its backward needs, but as many tensors or more when run again unfrozen."""
+    torch.manual_seed(0)
+
+    def layers(width):
+        return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+    chain = ReversibleChain([layers(6), AdditiveCoupling(layers(3), layers(3))]).double()
+    chain.set_schedule(uniform(chain, *modes))
+    plain = Plain(copy.deepcopy(chain))
+    values, found = torch.randn(4, 6, dtype=torch.float64), []
+    for model, module in ((chain, chain.get_submodule(name)), (plain, plain.elements.get_submodule(name))):
+        for _ in range(2):
+            x = values.clone().requires_grad_()
+            module.requires_grad_(not frozen_before)
+            loss = model(x).square().sum()
+            chain.demote(10**9)
+            module.requires_grad_(frozen_before)
+            loss.backward()
+        assert all(parameter.requires_grad is frozen_before for parameter in module.parameters())
+        found.append([x.grad, *gradients(model)])
+    assert_close(*found)
+
+
+def test_parameters_that_are_exchanged_after_the_forward():
+    """By functional_call for one call, and by load_state_dict for good: gradients go to those that took part."""
+    torch.manual_seed(0)
+    chain, plain = twins(conv_chain(1))
+    chain.set_schedule(uniform(chain, *INVERT))
+    values = {name: 0.5 * value.detach() for name, value in chain.named_parameters()}
+    x, found = images(), []
+    for model, prefixed in ((chain, list(values)), (plain, [name for name, _ in plain.named_parameters()])):
+        given = [value.clone().requires_grad_() for value in values.values()]
+        output = torch.func.functional_call(model, dict(zip(prefixed, given, strict=True)), (x,))
+        own, latest = list(model.parameters()), model(x)
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+        (output + latest).square().sum().backward()
+        found.append([parameter.grad for parameter in (*given, *own)])
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert_close(*found)
 
 
 def test_training_flags_are_those_of_the_forward():
