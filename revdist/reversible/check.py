@@ -216,7 +216,8 @@ class _Examination:
             twin = copy.deepcopy(self.operator)
             twin = twin.double() if double else twin
             inputs = tuple(stream.double() if double else stream.clone() for stream in self.inputs)
-            twin.train(twin.training if training is None else training)
+            if training is not None:
+                twin.train(training)
             with torch.no_grad(), torch.random.fork_rng():
                 torch.manual_seed(0)
                 outputs = _streams(twin(*inputs))
