@@ -205,6 +205,7 @@ class Record:
             if tensor._version == handle.version:  # one edited since stays, and is refused when it is needed
                 handle.layout = offload.add(tensor)
         boundary.to_host(offload)
+        offload.send()
         for handle, _ in kept:
             if handle.layout is not None:
                 handle.drop()
