@@ -26,6 +26,9 @@ from revdist.errors import InvalidCosts
 
 T = TypeVar("T")
 
+_PER_OPERATOR = ("operator_names", "reconstruction_error", "error_growth")
+"""Fields of a profile with an entry for each operator, or none at all."""
+
 MAX_BYTES = 2**62
 """Largest byte count accepted: sums over a chain must stay within 64-bit integers."""
 
@@ -168,7 +171,7 @@ class Profile:
         slowest_s = self.base_s + sum(max(option.extra_s for option in choices) for choices in self.options)
         _check_seconds("the sum of base_s and every extra_s", slowest_s)
         _check_count("micro_batch", self.micro_batch)
-        for name in ("operator_names", "reconstruction_error", "error_growth"):
+        for name in _PER_OPERATOR:
             values = getattr(self, name)
             if values and len(values) != len(self.options):
                 raise InvalidCosts(f"{name} has {len(values)} entries for {len(self.options)} operators")
@@ -184,6 +187,8 @@ class Profile:
         Raises InvalidCosts for an empty chain, an operator without options, duplicated modes and
         negative, non-finite or overflowing costs.
         """
+        for name in fields.keys() & _PER_OPERATOR:
+            fields[name] = tuple(fields[name])
         return cls(options=tuple(tuple(choices) for choices in options), **fields)
 
     @property
@@ -200,7 +205,7 @@ class Profile:
             tuple(_build(Option, option) for option in _list("options", choices))
             for choices in _list("options", fields.get("options"))
         )
-        for name in ("operator_names", "reconstruction_error", "error_growth"):
+        for name in _PER_OPERATOR:
             if name in fields:
                 fields[name] = tuple(_list(name, fields[name]))
         return _build(cls, fields)

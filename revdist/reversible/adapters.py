@@ -61,7 +61,7 @@ def take_over(model: nn.Module) -> nn.Module:
 
     Raises UsageError where nothing is found, or couplings of one sequence split different dimensions.
     """
-    taken, found = _taken_over(model)
+    taken, found = _taken_over(model, {})
     if not found:
         raise UsageError(
             f"{type(model).__name__} has no memcnn modules and no Reformer encoder: "
@@ -70,17 +70,32 @@ def take_over(model: nn.Module) -> nn.Module:
     return taken
 
 
-def _taken_over(module: nn.Module) -> tuple[nn.Module, bool]:
+_Known = dict[nn.Module, tuple[nn.Module, bool]]
+
+
+def _taken_over(module: nn.Module, known: _Known) -> tuple[nn.Module, bool]:
+    """What takes the module's place, itself where it stays, and whether anything was found in it.
+
+    known: what became of others, so that one with several names is taken over once and stays one
+    """
+    if module not in known:
+        known[module] = _taken_over_first(module, known)
+    return known[module]
+
+
+def _taken_over_first(module: nn.Module, known: _Known) -> tuple[nn.Module, bool]:
     if is_encoder(module):
         return adapt_encoder(module), True
-    if isinstance(module, nn.Sequential) and any(map(_is_memcnn, module)):
-        elements = {name: adapt(child) if _is_memcnn(child) else child for name, child in module.named_children()}
-        return _chain(elements, [child for child in module if _is_memcnn(child)]), True
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    couplings = [child for child in children.values() if _is_memcnn(child)]
+    if isinstance(module, nn.Sequential) and couplings:
+        adapted = {coupling: adapt(coupling) for coupling in couplings}
+        return _chain({name: adapted.get(child, child) for name, child in children.items()}, couplings), True
     if _is_memcnn_wrapper(module):
         return _chain({"_fn": adapt(cast(nn.Module, module._fn))}, [module]), True
     found = False
-    for name, child in list(module.named_children()):
-        taken, found_below = _taken_over(child)
+    for name, child in children.items():
+        taken, found_below = _taken_over(child, known)
         found = found or found_below
         if taken is not child:
             setattr(module, name, taken)
@@ -91,7 +106,9 @@ def _chain(elements: dict[str, nn.Module], couplings: list[nn.Module]) -> Revers
     dims = {getattr(getattr(c, "_fn", c), "split_dim", 1) for c in couplings}
     if len(dims) > 1:
         raise UsageError(f"couplings of one sequence split dimensions {sorted(dims)}: a chain splits one")
-    return ReversibleChain(elements, split_dim=dims.pop()).train(couplings[0].training)
+    chain = ReversibleChain(elements, split_dim=dims.pop())
+    chain.training = couplings[0].training  # its alone: what is in it keeps its own flags
+    return chain
 
 
 def _is_memcnn_wrapper(module: nn.Module) -> bool:
@@ -115,7 +132,7 @@ class _MemcnnCoupling(Coupling):
     def __init__(self, coupling: nn.Module) -> None:
         super().__init__(cast(nn.Module, coupling.Fm), cast(nn.Module, coupling.Gm))
         self._affine = any(parent.__name__ == "AffineCoupling" for parent in type(coupling).__mro__)
-        self.train(coupling.training)
+        self.training = coupling.training
 
     def combine(self, stream: Tensor, change: Any) -> Tensor:
         if not self._affine:
@@ -139,6 +156,7 @@ class _MemcnnWrapper(ReversibleOperator):
     def __init__(self, coupling: _MemcnnCoupling) -> None:
         super().__init__()
         self._fn = coupling
+        self.training = coupling.training
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
         return self._fn(x1, x2)  # type: ignore[no-any-return]
@@ -156,7 +174,7 @@ class _Single(ReversibleOperator):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self.train(module.training)
+        self.training = module.training
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.module(*inputs)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from revdist.errors import BoundaryModified
 from revdist.reversible.grid import on_grid
@@ -68,6 +71,15 @@ def entering(streams: Streams, operator: Operator, before: Operator | None, dim:
     if operator.grid is None or (before is not None and before.grid == operator.grid):
         return streams
     return tuple(on_grid(stream, operator.grid) for stream in streams)
+
+
+def laid_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """The tensor where it has these strides, else a copy that has them."""
+    if tensor.stride() == strides:
+        return tensor
+    once = tensor[tuple([slice(None if stride else 1) for stride in strides])]  # repeated ones are one in memory
+    copied = torch.empty_strided(once.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(once)
+    return copied.expand(tensor.shape)
 
 
 def converted(streams: Streams, num_streams: int, dim: int, *, first_size: int = 0) -> Streams:

@@ -70,14 +70,36 @@ class MutableBuffers:
         return lost
 
 
+def filled_slots(module: nn.Module) -> list[tuple[Slot, Tensor]]:
+    """Where the module and those in it have buffers, and which."""
+    slots = [((member, name), buffer) for member in module.modules() for name, buffer in member._buffers.items()]
+    return [(slot, buffer) for slot, buffer in slots if buffer is not None]
+
+
+def put_back(slots: Sequence[tuple[Slot, Tensor]]) -> None:
+    """Put buffers back where others have taken their place.
+
+    One of another shape stays: a table that has grown, whose module knows how far elsewhere.
+    """
+    for (module, name), buffer in slots:
+        present = module._buffers.get(name)
+        if present is None or present.shape == buffer.shape:
+            module._buffers[name] = buffer
+
+
 def substitutes(
     modules: Sequence[nn.Module], snapshots: Sequence[Snapshot], settled: Sequence[nn.Module]
 ) -> dict[Slot, Tensor | None]:
-    """What stands in for every buffer that a replay would write to; `settled` norms are given their statistics."""
+    """What stands in for every buffer that a replay would write to; `settled` norms are given their statistics.
+
+    A buffer that the forward only read, and that has been replaced since, stands in for the present one.
+    """
     found: dict[Slot, Tensor | None] = {}
     for snapshot in snapshots:
         if snapshot.before is not None:
             found[snapshot.slot] = snapshot.before.clone()
+        elif snapshot.slot[0]._buffers.get(snapshot.slot[1]) is not snapshot.buffer:
+            found[snapshot.slot] = snapshot.buffer
     for module in modules:
         if isinstance(module, _NormBase) and module.training:
             for name, buffer in module._buffers.items():

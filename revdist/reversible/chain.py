@@ -233,6 +233,8 @@ def _finish(first: weakref.ref[Record], _: object) -> None:
 def _own(traces: list[Trace], outputs: Streams) -> None:
     """Let the last node of the chain own what its operators left to autograd, but never itself."""
     nodes = [stream.grad_fn for stream in outputs if stream.grad_fn is not None]
+    if not nodes:  # no backward will come
+        return
     last = max(nodes, key=lambda node: node._sequence_nr())
     others = [trace for trace in traces if last not in trace.roots]
     last.register_prehook(functools.partial(_own_only, others))
@@ -255,7 +257,7 @@ def find_chain(model: nn.Module) -> ReversibleChain:
 
     Raises UsageError where there is none, or several beside each other.
     """
-    chains = list(_outermost(model))
+    chains = list(dict.fromkeys(_outermost(model)))  # one may have several names
     if len(chains) != 1:
         found = "no ReversibleChain" if not chains else f"{len(chains)} chains beside each other"
         raise UsageError(f"{type(model).__name__} contains {found}: put the layers to be planned into one chain")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from revdist.errors import ReversibleError, UsageError
 from revdist.planning.costs import Mode
 from revdist.reversible.adapters import adapt
+from revdist.reversible.buffers import filled_slots, put_back
 from revdist.reversible.chain import ReversibleChain
 from revdist.reversible.grid import exact_below, on_grid
 from revdist.reversible.operator import ReversibleOperator, Streams
@@ -84,7 +85,9 @@ def check(operator: nn.Module, sample: Tensor | tuple[Tensor, ...], *, tolerance
         streams = tuple(streams[0].chunk(2, dim=1))
     if (grid := getattr(operator, "grid", None)) is not None:
         streams = tuple(on_grid(stream, grid) for stream in streams)
-    examination = _Examination(reversible, streams, tolerance or TOLERANCES.get(streams[0].dtype, 1e-4))
+    if tolerance is None:
+        tolerance = TOLERANCES.get(streams[0].dtype, 1e-4)
+    examination = _Examination(reversible, streams, tolerance)
     examination.run()
     return Check(
         name=name,
@@ -216,7 +219,8 @@ class _Examination:
             twin = copy.deepcopy(self.operator)
             twin = twin.double() if double else twin
             inputs = tuple(stream.double() if double else stream.clone() for stream in self.inputs)
-            twin.train(twin.training if training is None else training)
+            if training is not None:
+                twin.train(training)
             with torch.no_grad(), torch.random.fork_rng():
                 torch.manual_seed(0)
                 outputs = _streams(twin(*inputs))
@@ -259,6 +263,7 @@ class _Examination:
 @contextlib.contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
     """Afterwards buffers and torch's random state are what they were before."""
+    slots = filled_slots(module)
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(devices=_cuda_devices(module)):
         try:
@@ -267,6 +272,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+            put_back(slots)
 
 
 def _cuda_devices(module: nn.Module) -> list[int]:

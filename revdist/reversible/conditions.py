@@ -8,11 +8,12 @@ before once it ends, also where it ends with an exception.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from revdist.errors import BoundaryModified, ReplayDiverged
 from revdist.reversible.buffers import substitutes
@@ -37,6 +38,9 @@ _DRAWLESS = frozenset({
 
 Inputs = tuple[tuple[bool, torch.dtype, tuple[int, ...]], ...]
 """Per input of an operator: whether it requires grad, its type, and its strides."""
+
+Slots = dict[str, nn.Parameter | None]
+"""The parameters of one module, by name."""
 
 AutocastState = tuple[tuple[str, bool, torch.dtype, bool], ...]
 """Per device type: its name, whether autocast is on, to which type, and whether casts are cached."""
@@ -87,8 +91,8 @@ class Conditions:
     """What one forward of one operator ran under. Created before the forward, closed after it."""
 
     __slots__ = (
-        "_ambience", "_collectives", "_drew", "_flags", "_lost", "_modules", "_notes", "_operator", "_parameters",
-        "_snapshots", "_statistics", "_versions",
+        "_ambience", "_collectives", "_drew", "_flags", "_lost", "_modules", "_need_grad", "_notes", "_operator",
+        "_parameters", "_places", "_slots", "_snapshots", "_statistics", "_versions",
     )  # fmt: skip
 
     def __init__(self, operator: Operator, ambience: Ambience) -> None:
@@ -97,8 +101,11 @@ class Conditions:
         self._drew = True
         self._modules = _members(operator.module)
         self._flags = [member.training for member in self._modules]
-        self._parameters = [p for member in self._modules for p in member._parameters.values() if p is not None]
+        self._slots = [member._parameters.copy() for member in self._modules]
+        self._parameters = [p for slots in self._slots for p in slots.values() if p is not None]
+        self._need_grad = tuple([parameter.requires_grad for parameter in self._parameters])
         self._versions = [parameter._version for parameter in self._parameters]
+        self._places: list[int] = []
         self._snapshots = operator.mutable_buffers.snapshot(self._modules)
         self._collectives = operator.communication.watch(training=self._flags[0])
         self._notes = Notes()
@@ -120,7 +127,7 @@ class Conditions:
 
     def key(self, inputs: Inputs) -> Hashable:
         """Forwards with the same key save the same tensors, as far as can be told before they run."""
-        return inputs, tuple(self._flags), tuple([p.requires_grad for p in self._parameters]), self._ambience.autocast
+        return inputs, tuple(self._flags), self._need_grad, self._ambience.autocast
 
     def may_have_drawn(self) -> bool:
         """Whether the forward may have drawn random numbers: False where it cannot have."""
@@ -129,6 +136,11 @@ class Conditions:
                 return True
         return False
 
+    @property
+    def drew(self) -> bool:
+        """Whether the forward, which has ended, drew random numbers."""
+        return self._drew
+
     def is_compiled(self) -> bool:
         """Whether a part of the operator went through torch.compile."""
         return is_compiled(self._modules)
@@ -136,6 +148,7 @@ class Conditions:
     def close(self, ambience: Ambience) -> None:
         """Note what the forward, which has just ended, changed."""
         self._drew = ambience is not self._ambience
+        self._places = [parameter.data_ptr() for parameter in self._parameters]
         self._lost = self._operator.mutable_buffers.learn(self._snapshots, training=self._flags[0])
         self._operator.communication.learn(self._collectives, training=self._flags[0])
 
@@ -147,10 +160,11 @@ class Conditions:
         self._statistics = _NO_STATISTICS
 
     def owned_ids(self) -> set[int]:
-        """Identities of the operator's parameters, and of its buffers as they are now."""
+        """Identities of the operator's parameters and buffers, as they were before the forward."""
         owned = set(map(id, self._parameters))
+        owned.update([id(snapshot.buffer) for snapshot in self._snapshots])
         for member in self._modules:
-            if member._buffers:
+            if member._buffers and isinstance(member, _NormBase):  # of which no snapshot is taken
                 owned.update(map(id, member._buffers.values()))
         return owned
 
@@ -158,44 +172,71 @@ class Conditions:
     def restored(self) -> Iterator[None]:
         """Inside, `another_run` as often as needed; afterwards everything is as it is now.
 
-        Raises BoundaryModified where a parameter has been edited since the forward.
+        Raises BoundaryModified where the values of a parameter have changed since the forward.
         """
         self._check()
         flags = [member.training for member in self._modules]
+        need_grad = [parameter.requires_grad for parameter in self._parameters]
+        swapped = self._swapped()
         buffers = [(member, dict(member._buffers)) for member in self._modules if member._buffers]
         with self._ambience.entered(random=self._drew):
             try:
                 self._set_flags(self._flags)
+                self._set_need_grad(self._need_grad)
+                for member, slots, _ in swapped:
+                    _replace(member._parameters, slots)
                 yield
             finally:
+                for member, _, slots in swapped:
+                    _replace(member._parameters, slots)
+                self._set_need_grad(need_grad)
                 self._set_flags(flags)
                 for member, named in buffers:
                     member._buffers.update(named)
 
     @contextlib.contextmanager
-    def another_run(self) -> Iterator[None]:
-        """Inside, the operator runs from where its forward started: random numbers, buffers, what it decided."""
+    def another_run(self) -> Iterator[Collection[Tensor | None]]:
+        """Inside, the operator runs from where its forward started: random numbers, buffers, what it decided.
+
+        Gives what stands in for buffers. It stays until the end, also where the run puts another buffer in its place:
+        what it saves is told from buffers by identity.
+        """
         if self._drew:
             self._ambience.rewind_random()
-        for (member, name), buffer in substitutes(self._modules, self._snapshots, self.statistics.norms).items():
+        stand_ins = substitutes(self._modules, self._snapshots, self.statistics.norms)
+        for (member, name), buffer in stand_ins.items():
             member._buffers[name] = buffer
         if self._collectives is not None:
             self._collectives.rewind()
         with self._notes.reading(), self._collectives or contextlib.nullcontext():
-            yield
+            yield stand_ins.values()
 
     def _check(self) -> None:
         name = self._operator.name
-        if any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True)):
+        edited = any(p._version != version for p, version in zip(self._parameters, self._versions, strict=True))
+        if edited or any(p.data_ptr() != place for p, place in zip(self._parameters, self._places, strict=True)):
             raise BoundaryModified(
-                f"a parameter of operator {name} was edited in place between its forward and its backward: "
-                "step the optimizer after the backward"
+                f"a parameter of operator {name} was edited in place, or given other data, between its forward and its "
+                "backward: step the optimizer after the backward"
             )
         if self._lost:
             raise ReplayDiverged(
                 f"operator {name} wrote to its buffer {self._lost} for the first time, so this forward cannot be "
                 "repeated: run the step again"
             )
+
+    def _swapped(self) -> list[tuple[nn.Module, Slots, Slots]]:
+        """Modules that have other parameters now: those of the forward, and those of now."""
+        return [
+            (member, slots, member._parameters.copy())
+            for member, slots in zip(self._modules, self._slots, strict=True)
+            if any(member._parameters.get(name) is not parameter for name, parameter in slots.items())
+        ]
+
+    def _set_need_grad(self, need_grad: Iterable[bool]) -> None:
+        for parameter, needed in zip(self._parameters, need_grad, strict=True):
+            if parameter.requires_grad is not needed:
+                parameter.requires_grad_(needed)
 
     def _set_flags(self, flags: list[bool]) -> None:
         for member, training in zip(self._modules, flags, strict=True):
@@ -209,6 +250,11 @@ def _both(
 ) -> Iterator[None]:
     with notes, collectives:
         yield
+
+
+def _replace(slots: Slots, others: Slots) -> None:
+    slots.clear()
+    slots.update(others)
 
 
 def _members(module: nn.Module) -> list[nn.Module]:

@@ -19,7 +19,7 @@ from revdist.errors import UsageError
 
 def check_grid(grid: float) -> None:
     """Raises UsageError where a grid is not a power of two below one."""
-    if grid <= 0 or Fraction(grid).numerator != 1 or Fraction(grid).denominator.bit_count() != 1:
+    if not 0 < grid < 1 or Fraction(grid).numerator != 1:  # the denominator of a float is a power of two
         raise UsageError(f"grid {grid} must be a power of two below one, such as 2 ** -12")
 
 
@@ -34,8 +34,8 @@ def rounded(x: Tensor, grid: float) -> Tensor:
 
 
 def whole(x: Tensor, grid: float) -> Tensor:
-    """How many grid steps; an integer type that holds all that the float type counts exactly."""
-    return (x / grid).round_().to(torch.int32 if x.dtype == torch.float32 else torch.int64)
+    """How many grid steps, in double precision: exact as far as `exact_below`, and what is not finite stays so."""
+    return (x.double() / grid).round_()
 
 
 def on_grid(x: Tensor, grid: float) -> Tensor:

@@ -14,12 +14,14 @@ from torch import Tensor
 
 
 class HostCopy:
-    """The bytes of one tensor's storage, in host memory."""
+    """Bytes of one storage, in host memory."""
 
-    __slots__ = ("_device", "_host")
+    __slots__ = ("_device", "_host", "_place")
 
-    def __init__(self, tensor: Tensor) -> None:
-        source = _storage_bytes(tensor)
+    def __init__(self, tensor: Tensor, place: range | None = None) -> None:
+        """place: which bytes of the tensor's storage; none: those between its first element and its last."""
+        self._place = place if place is not None else place_of(tensor)
+        source = _storage_bytes(tensor, self._place)
         self._device = tensor.device
         self._host = _host_buffer(source)
         if self._device.type == "cuda":
@@ -45,9 +47,9 @@ class HostCopy:
         return target
 
     def write_to(self, tensor: Tensor) -> None:
-        """Put the bytes back into the tensor's storage, without touching its version."""
+        """Put the bytes back into the storage of the tensor they are from, without touching its version."""
         arrived(self._device)
-        _storage_bytes(tensor).copy_(self._host)
+        _storage_bytes(tensor, self._place).copy_(self._host)
 
 
 def arrived(device: torch.device) -> None:
@@ -56,9 +58,18 @@ def arrived(device: torch.device) -> None:
         torch.cuda.current_stream(device).wait_stream(_copy_stream(device))
 
 
-def _storage_bytes(tensor: Tensor) -> Tensor:
-    """A tensor's whole storage as one row of bytes."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+def place_of(tensor: Tensor) -> range:
+    """The bytes of a tensor's storage from its first element to its last, those in between included."""
+    first = tensor.storage_offset()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    end = first + 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else first
+    return range(first * tensor.itemsize, end * tensor.itemsize)
+
+
+def _storage_bytes(tensor: Tensor, place: range) -> Tensor:
+    """A part of a tensor's storage as one row of bytes."""
+    row = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return row.set_(tensor.untyped_storage(), place.start, (len(place),), (1,))
 
 
 def _host_buffer(source: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class _Layer(ReversibleOperator):
         super().__init__()
         self.attention = cast(nn.Module, layer.attention)
         self.feed_forward = cast(nn.Module, layer.feed_forward)
-        self.train(layer.training)
+        self.training = layer.training
         self.arguments: dict[str, Any] = {}
         """What the attention of the present call is given besides its stream."""
         self.attention.register_forward_pre_hook(self._with_arguments, with_kwargs=True)
@@ -110,13 +110,15 @@ class _Encoder(nn.Module):
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        layers = [_Layer(layer) for layer in cast(nn.ModuleList, encoder.layers)]
-        self.layers = ReversibleChain(layers, split_dim=-1)
+        layers = cast(nn.ModuleList, encoder.layers)
+        adapted = {layer: _Layer(layer) for layer in layers}  # one that comes twice stays one
+        self.layers = ReversibleChain([adapted[layer] for layer in layers], split_dim=-1)
+        self.layers.training = layers.training
         self.layer_norm = cast(nn.Module, encoder.layer_norm)
         self.dropout = cast(float, encoder.dropout)
         # Not registered: its layers own the same branches as the chain's.
         self.__dict__["_original"] = encoder
-        self.train(encoder.training)
+        self.training = encoder.training
 
     def forward(
         self,
@@ -131,8 +133,7 @@ class _Encoder(nn.Module):
     ) -> Any:
         wants_more = output_hidden_states or output_attentions or past_buckets_states is not None
         if wants_more or not torch.is_grad_enabled():
-            original = cast(nn.Module, self.__dict__["_original"])
-            return original.train(self.training)(
+            return self._with_present_flags()(
                 hidden_states,
                 attention_mask=attention_mask,
                 num_hashes=num_hashes,
@@ -145,10 +146,22 @@ class _Encoder(nn.Module):
         arguments = {"attention_mask": attention_mask, "num_hashes": num_hashes}
         for layer in self.layers.children():
             cast(_Layer, layer).arguments = arguments
-        both = torch.cat(self.layers((hidden_states, hidden_states)), dim=-1)
-        for layer in self.layers.children():
-            cast(_Layer, layer).arguments = {}
+        try:
+            both = torch.cat(self.layers((hidden_states, hidden_states)), dim=-1)
+        finally:
+            for layer in self.layers.children():
+                cast(_Layer, layer).arguments = {}
         out = F.dropout(self.layer_norm(both), p=self.dropout, training=self.training)
         return types.SimpleNamespace(
             hidden_states=out, all_hidden_states=None, all_attentions=None, past_buckets_states=None
         )
+
+    def _with_present_flags(self) -> nn.Module:
+        """The original, its own modules in training where those in their place are; the branches are the same ones."""
+        original = cast(nn.Module, self.__dict__["_original"])
+        layers = cast(nn.ModuleList, original.layers)
+        original.training = layers.training = self.training
+        for layer, adapted in zip(layers, self.layers._modules.values(), strict=True):
+            assert adapted is not None
+            layer.training = adapted.training
+        return original

@@ -17,7 +17,7 @@ at gamma = 0.9 and L = 50 (harmless in fp32), 10^15-fold at 0.5 and 50 (everythi
 
 - leave gamma at 0.9 or above, or let the planner cut runs of INVERT (`max_reconstruction_error`);
 - or ask for `grid`, say 2^-12, and the lost bits are kept: x and v live on multiples of `grid`, v
-  is divided as an integer, v / grid = q d + r with gamma = n / d, and the remainder r is noted, a
+  is divided as a whole number, v / grid = q d + r with gamma = n / d, and the remainder r is noted, a
   byte per element in every mode. A rebuilt pair then equals the forward's to the bit, as long as
   |x| and |v| stay below 2^23 grid in fp32 (2048 for 2^-12) and f repeats itself to the bit.
 
@@ -92,7 +92,7 @@ class MomentumBlock(ReversibleOperator):
         remainder = noted(self, self._latest_remainder)
         kept = whole(v - rounded(change.to(v.dtype) * (1 - self.gamma), self.grid), self.grid)
         quotient = kept.div_(self.ratio.numerator, rounding_mode="floor")
-        return quotient.mul_(self.ratio.denominator).add_(remainder).to(v.dtype) * self.grid
+        return quotient.mul_(self.ratio.denominator).add_(remainder).mul_(self.grid).to(v.dtype)
 
     def _exact(self, v: Tensor, change: Tensor) -> Tensor:
         assert self.grid is not None
@@ -102,8 +102,8 @@ class MomentumBlock(ReversibleOperator):
             denominator = self.ratio.denominator
             remainder = noted(self, lambda: steps.remainder(denominator).to(torch.uint8))
             self._latest = None if is_inside_operator() else remainder  # a chain keeps its own, for as long as needed
-            kept = steps.div_(denominator, rounding_mode="floor").mul_(self.ratio.numerator).to(v.dtype) * self.grid
-            after = kept + rounded(change * (1 - self.gamma), self.grid)
+            kept = steps.div_(denominator, rounding_mode="floor").mul_(self.ratio.numerator).mul_(self.grid)
+            after = kept.to(v.dtype) + rounded(change * (1 - self.gamma), self.grid)
         passed: Tensor = Pass.apply(after, (self.gamma, 1 - self.gamma), v, change)  # type: ignore[no-untyped-call]
         return passed
 

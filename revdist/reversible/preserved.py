@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from revdist.reversible.buffers import filled_slots, put_back
 from revdist.reversible.chain import ReversibleChain
 from revdist.reversible.host_copy import HostCopy
 
@@ -16,6 +17,7 @@ from revdist.reversible.host_copy import HostCopy
 def preserved(model: nn.Module, chain: ReversibleChain) -> Iterator[None]:
     """Inside, steps may be run: every parameter that trains has a gradient allocated, as while training.
 
+    Hooks that wait for accumulated gradients are not called: some step an optimizer, and free the gradient.
     Afterwards gradients, buffers, random state, training flags, schedule and observer are what they
     were. What has to be remembered of them is kept in host memory.
     """
@@ -26,9 +28,13 @@ def preserved(model: nn.Module, chain: ReversibleChain) -> Iterator[None]:
         stack.callback(_set_flags, flags)
         devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
         stack.enter_context(torch.random.fork_rng(devices))
+        stack.callback(put_back, filled_slots(model))
         for buffer in model.buffers():
             stack.callback(_write, HostCopy(buffer), buffer)
         for parameter in model.parameters():
+            if hooks := parameter._post_accumulate_grad_hooks:
+                stack.callback(hooks.update, dict(hooks))
+                hooks.clear()
             _allocate_gradient(parameter, stack)
         yield
 

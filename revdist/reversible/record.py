@@ -23,7 +23,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph as _graph_is_k
 
 from revdist.errors import BoundaryModified
 from revdist.planning.costs import Mode
-from revdist.reversible.boundary import Boundary, Exit, converted
+from revdist.reversible.boundary import Boundary, Exit, converted, laid_out
 from revdist.reversible.conditions import Ambience, Conditions, Inputs
 from revdist.reversible.handles import Handle, Owned
 from revdist.reversible.offload import Offload
@@ -44,7 +44,8 @@ class Record:
 
     __slots__ = (
         "__weakref__", "_after", "_before", "_conditions", "_first_size", "_inputs", "_may_invert", "_offload",
-        "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "linked", "mode", "operator", "saved",
+        "_output_strides", "_rebuilt", "_shortage", "_split_dim", "begun", "boundary", "complete", "linked", "mode",
+        "operator", "saved",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +79,8 @@ class Record:
         self._after: Record | Exit | weakref.ref[Record] | None = None
         self._split_dim = split_dim
         self._first_size = 0
+        self._output_strides: tuple[tuple[int, ...], ...] | None = None
+        """Of a forward that drew random numbers: which element gets which depends on them."""
         self._shortage = shortage
         self._may_invert = may_invert and Mode.INVERT in operator.modes
 
@@ -115,6 +118,8 @@ class Record:
         self._first_size = outputs[0].shape[self._split_dim] if len(outputs) == 2 else 0
         ambience = ambience.after(self._conditions)
         self._conditions.close(ambience)
+        if self._conditions.drew:
+            self._output_strides = tuple([output.stride() for output in outputs])
         if self.mode is Mode.OFFLOAD:
             self._to_host(self.boundary)
             self._conditions.forget()  # it comes back and is never run again
@@ -200,6 +205,7 @@ class Record:
             if tensor._version == handle.version:  # one edited since stays, and is refused when it is needed
                 handle.layout = offload.add(tensor)
         boundary.to_host(offload)
+        offload.send()
         for handle, _ in kept:
             if handle.layout is not None:
                 handle.drop()
@@ -265,7 +271,10 @@ class Record:
 
     def _converted(self, streams: Streams) -> Streams:
         """The next operator's inputs as this operator's outputs: joined or halved where they differ."""
-        return converted(streams, len(self._inputs), self._split_dim, first_size=self._first_size)
+        outputs = converted(streams, len(self._inputs), self._split_dim, first_size=self._first_size)
+        if self._output_strides is None:
+            return outputs
+        return tuple(laid_out(output, strides) for output, strides in zip(outputs, self._output_strides, strict=True))
 
     def _typed(self, inputs: Streams) -> Streams:
         return tuple(s.detach().to(dtype) for s, (_, dtype, _) in zip(inputs, self._inputs, strict=True))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from revdist.reversible.boundary import laid_out
 from revdist.reversible.compiler import never_compiled
 from revdist.reversible.conditions import Conditions, Inputs
 
@@ -76,15 +77,15 @@ class Replay:
         """Input number `index` with the type it had, as the start of a graph of its own."""
         requires_grad, dtype, strides = self._inputs[index]
         leaf = stream.detach().to(dtype)
-        if leaf.stride() != strides and self._conditions.is_compiled():  # such code is made for one layout in memory
-            leaf = torch.empty_strided(leaf.shape, strides, dtype=dtype, device=leaf.device).copy_(leaf)
+        if leaf.stride() != strides and (self._conditions.drew or self._conditions.is_compiled()):
+            leaf = laid_out(leaf, strides)  # numbers are drawn, and code is compiled, for one layout in memory
         return leaf.requires_grad_(requires_grad)
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
         """Run the forward, or its next part, and keep what it saves."""
-        with inside_operator(), self._conditions.another_run(), torch.enable_grad():
-            self._owned_ids = self._conditions.owned_ids()
+        with inside_operator(), self._conditions.another_run() as stand_ins, torch.enable_grad():
+            self._owned_ids = self._conditions.owned_ids().union(map(id, stand_ins))
             with saved_tensors_hooks(self._capture, _never), self._conditions.statistics.given(self._capture):
                 yield
 

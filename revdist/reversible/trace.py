@@ -105,7 +105,10 @@ class Trace:
         """What the nodes saved and still have."""
         for number, node in enumerate(self._made()):
             for attribute in _attributes(type(node)):
-                value = getattr(node, attribute)
+                try:
+                    value = getattr(node, attribute)
+                except RuntimeError:  # a node written in Python that the backward has freed
+                    continue
                 for item, saved in enumerate(value if isinstance(value, tuple) else (value,)):
                     if saved.data is not None:
                         yield Place(number, attribute, item), saved

@@ -37,6 +37,13 @@ def test_profiles_round_trip_through_json(profile: Profile) -> None:
     assert Profile.from_json(profile.to_json()) == profile
 
 
+def test_a_profile_from_lists_is_the_one_that_json_gives_back() -> None:
+    profile = Profile.from_options([[SAVE]], operator_names=["a"], reconstruction_error=[0.0], error_growth=[1.0])
+    read = Profile.from_json(profile.to_json())
+    assert read == profile
+    assert hash(read) == hash(profile)
+
+
 @pytest.mark.parametrize("value", [PROFILE, SCHEDULE, PLAN], ids=lambda value: type(value).__name__)
 def test_values_round_trip_through_json(value: Any) -> None:
     assert type(value).from_json(value.to_json()) == value

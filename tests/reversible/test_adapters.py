@@ -110,6 +110,40 @@ def test_a_wrapper_that_stands_alone_becomes_a_chain_of_its_own() -> None:
     assert_same(result(model, x_BCHW), expected)
 
 
+def test_a_module_with_several_names_is_taken_over_once() -> None:
+    torch.manual_seed(0)
+    shared = additive()
+    sequence = nn.Sequential(shared, affine(), shared)
+    model = nn.Sequential(sequence, nn.Conv2d(4, 4, 1), sequence).double()
+    x_BCHW = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    expected = result(copy.deepcopy(model), x_BCHW)
+    keys = list(model.state_dict())
+    take_over(model)
+    assert model[0] is model[2]
+    assert model[0].get_submodule("0") is model[0].get_submodule("2")
+    assert set(model.state_dict()) == set(keys)
+    invert_all(model)
+    assert_same(result(model, x_BCHW), expected)
+
+
+def test_training_flags_stay_where_they_were() -> None:
+    """Statistics are often frozen by eval() on the norms of a model that trains."""
+    sequence = nn.Sequential(wrapped(), additive())
+    reformer = peer_code.ReformerModel()
+    other = peer_code.AdditiveCoupling(branch(), branch())
+    for model in (sequence, reformer, other):
+        frozen = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.LayerNorm)]
+        assert frozen
+        for norm in frozen:
+            norm.eval()
+        taken = adapt(model) if model is other else take_over(model)
+        assert taken.training
+        if model is reformer:
+            with torch.no_grad():
+                taken(torch.randint(16, (2, 6)))
+        assert all(module.training is (module not in frozen) for module in taken.modules())
+
+
 def test_split_dimension_is_the_couplings() -> None:
     torch.manual_seed(0)
 
@@ -167,6 +201,16 @@ def test_a_backward_gets_the_mask_of_its_own_forward() -> None:
         both.append(torch.autograd.grad(losses[0] + 2 * losses[1], list(net.parameters())))
     for found, expected in zip(*both, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_a_call_that_fails_leaves_no_mask_behind() -> None:
+    torch.manual_seed(0)
+    model = peer_code.ReformerModel().double().eval()
+    take_over(model)
+    token = torch.randint(16, (2, 6))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model(token, attention_mask=torch.rand(3, 7, dtype=torch.float64))
+    assert model(token, output_hidden_states=True).hidden_states.shape == (2, 6, 16)
 
 
 def test_generation_and_extra_outputs_are_left_to_the_original() -> None:

@@ -10,6 +10,7 @@ import torch
 from reversible_models import (
     IMAGES,
     INVERT,
+    Plain,
     assert_close,
     branches,
     conv_chain,
@@ -25,7 +26,7 @@ from torch import nn
 
 from revdist.errors import ReplayDiverged
 from revdist.planning.costs import Mode
-from revdist.reversible import AdditiveCoupling, ReversibleChain
+from revdist.reversible import AdditiveCoupling, InvertibleConv2d, ReversibleChain
 
 
 def test_dropout_masks_are_those_of_the_forward_and_the_random_stream_goes_on_undisturbed():
@@ -121,6 +122,83 @@ def test_autocast_is_replayed(inside_backward, seed):
     assert not torch.is_autocast_enabled("cpu")
 
 
+class MovingMean(nn.Module):
+    """Subtracts a mean that each forward replaces by another tensor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return torch.tanh((x - self.mean) * (1 + self.mean.square()))
+
+
+@pytest.mark.parametrize("demoted", [False, True])
+def test_buffers_that_the_forward_replaces(demoted):
+    torch.manual_seed(0)
+
+    def branch():
+        return nn.Sequential(MovingMean(3), nn.Linear(3, 3), MovingMean(3))
+
+    chain, plain = twins(ReversibleChain([AdditiveCoupling(branch(), branch()) for _ in range(2)]).double())
+    chain.set_schedule(uniform(chain, *((Mode.SAVE,) if demoted else INVERT)))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    for _ in range(3):
+        loss = chain(x).square().sum()
+        if demoted:
+            chain.demote(10**9)
+        loss.backward()
+        plain(x).square().sum().backward()
+        assert_close(gradients(chain), gradients(plain))
+    for one, other in zip(chain.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("frozen_before", [False, True])
+@pytest.mark.parametrize("name", ["0", "1.f"])
+def test_freezing_between_forward_and_backward(name, frozen_before, modes):
+    """A frozen layer saves less: not what its backward needs, but as many tensors or more when run again unfrozen."""
+    torch.manual_seed(0)
+
+    def layers(width):
+        return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+    chain = ReversibleChain([layers(6), AdditiveCoupling(layers(3), layers(3))]).double()
+    chain.set_schedule(uniform(chain, *modes))
+    plain = Plain(copy.deepcopy(chain))
+    values, found = torch.randn(4, 6, dtype=torch.float64), []
+    for model, module in ((chain, chain.get_submodule(name)), (plain, plain.elements.get_submodule(name))):
+        for _ in range(2):
+            x = values.clone().requires_grad_()
+            module.requires_grad_(not frozen_before)
+            loss = model(x).square().sum()
+            chain.demote(10**9)
+            module.requires_grad_(frozen_before)
+            loss.backward()
+        assert all(parameter.requires_grad is frozen_before for parameter in module.parameters())
+        found.append([x.grad, *gradients(model)])
+    assert_close(*found)
+
+
+def test_parameters_that_are_exchanged_after_the_forward():
+    """By functional_call for one call, and by load_state_dict for good: gradients go to those that took part."""
+    torch.manual_seed(0)
+    chain, plain = twins(conv_chain(1))
+    chain.set_schedule(uniform(chain, *INVERT))
+    values = {name: 0.5 * value.detach() for name, value in chain.named_parameters()}
+    x, found = images(), []
+    for model, prefixed in ((chain, list(values)), (plain, [name for name, _ in plain.named_parameters()])):
+        given = [value.clone().requires_grad_() for value in values.values()]
+        output = torch.func.functional_call(model, dict(zip(prefixed, given, strict=True)), (x,))
+        own, latest = list(model.parameters()), model(x)
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+        (output + latest).square().sum().backward()
+        found.append([parameter.grad for parameter in (*given, *own)])
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert_close(*found)
+
+
 def test_training_flags_are_those_of_the_forward():
     torch.manual_seed(0)
     chain, plain = twins(conv_chain(1))
@@ -149,6 +227,42 @@ def test_memory_layouts(layout, modes):
     chain(x).square().sum().backward()
     plain(x).square().sum().backward()
     assert_close(gradients(chain), gradients(plain))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded"])
+@pytest.mark.parametrize("demoted", [False, True])
+def test_masks_are_those_of_the_forward_where_an_inverse_returns_another_layout(demoted, layout):
+    """The circular convolution inverts through frequencies, which come back with other strides."""
+    torch.manual_seed(0)
+
+    def branch():
+        return nn.Sequential(nn.Dropout(0.5), nn.Conv2d(2, 2, 1))
+
+    chain = ReversibleChain([AdditiveCoupling(branch(), branch()), InvertibleConv2d(4)]).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    if layout == "expanded":
+        x = x[:1].expand(2, -1, -1, -1)
+    expected = step(chain, x)
+    chain.set_schedule(uniform(chain, Mode.SAVE if demoted else Mode.INVERT))
+    torch.manual_seed(3)
+    x.requires_grad_()
+    chain.zero_grad()
+    loss = chain(x).square().sum()
+    assert (chain.demote(10**9) > 0) == demoted
+    loss.backward()
+    assert_close([loss.detach(), x.grad, *gradients(chain)], expected)
+
+
+def test_what_draws_runs_again_on_the_layout_of_its_forward():
+    """Halves at the end of a run are parts of one tensor; a GPU draws for such in another order."""
+    layouts = []
+    branch = nn.Sequential(nn.Dropout(0.5), nn.Hardtanh())
+    branch[0].register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].stride()))
+    chain = ReversibleChain([AdditiveCoupling(nn.Identity(), branch)])
+    chain.set_schedule(uniform(chain, Mode.INVERT))
+    chain(torch.randn(2, 4, 3, 3, requires_grad=True)).square().sum().backward()
+    assert len(layouts) == 2
+    assert len(set(layouts)) == 1
 
 
 def test_no_grad_and_eval(modes):

@@ -164,6 +164,16 @@ def test_stepping_the_optimizer_before_the_backward_is_refused():
         loss.backward()
 
 
+def test_giving_a_parameter_other_data_before_the_backward_is_refused():
+    chain = linear_chain()
+    chain.set_schedule(uniform(chain, *INVERT))
+    loss = chain(torch.randn(4, 6, dtype=torch.float64)).sum()
+    bias = chain.get_parameter("1.f.0.bias")
+    bias.data = bias.data * 1.5
+    with pytest.raises(BoundaryModified, match=r"a parameter of operator 1\.f"):
+        loss.backward()
+
+
 def test_editing_a_frozen_weight_before_the_backward_is_refused():
     """Its operator saves nothing else, so nothing of it is rebuilt or looked at otherwise."""
     chain = ReversibleChain({"stem": nn.Linear(6, 6), "frozen": nn.Linear(6, 6).requires_grad_(False)})

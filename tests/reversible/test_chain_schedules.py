@@ -32,6 +32,11 @@ def test_schedules_that_do_not_fit_are_refused():
         ReversibleChain([])
 
 
+def test_a_chain_with_two_names_is_one():
+    chain = linear_chain()
+    assert find_chain(nn.Sequential(nn.Sequential(chain), nn.Sequential(chain))) is chain
+
+
 def test_apply_takes_schedules_from_the_planner_and_through_wrappers():
     chain = conv_chain(1)
     modes = uniform(chain, *INVERT)

@@ -182,6 +182,26 @@ def test_nothing_is_left_changed() -> None:
     assert all(p.grad is None for p in operator.parameters())
 
 
+def test_a_buffer_that_forward_replaces_is_put_back() -> None:
+    class Counting(Scale):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("table", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            self.table = torch.zeros(len(x))
+            return super().forward(x)
+
+    operator = Counting()
+    calls = operator.calls
+    assert check(operator, SAMPLE).ok
+    assert operator.calls is calls
+    assert calls == 0
+    assert len(operator.table) == len(SAMPLE)  # what has grown stays, as caches do
+
+
 def test_statistics_and_buckets_that_are_noted_pass() -> None:
     assert check(InPlaceABN(6), SAMPLE).ok
     x_BTD = torch.randn(2, 16, 8)
@@ -202,5 +222,6 @@ def test_a_module_that_is_no_subclass_is_checked_too() -> None:
 def test_the_tolerance_can_be_set_and_integers_are_refused() -> None:
     assert check(MomentumBlock(nn.Linear(6, 6)), (SAMPLE, SAMPLE)).ok
     assert not check(MomentumBlock(nn.Linear(6, 6)), (SAMPLE, SAMPLE), tolerance=1e-12).ok
+    assert not check(MomentumBlock(nn.Linear(6, 6)), (SAMPLE, SAMPLE), tolerance=0.0).ok
     with pytest.raises(UsageError, match="floating-point"):
         check(Scale(), torch.arange(3))

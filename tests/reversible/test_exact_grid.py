@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from revdist.errors import UsageError
 from revdist.models.revnet import RevNet, revnet_digits
 from revdist.planning.costs import Mode
-from revdist.reversible import AdditiveCoupling, ReversibleChain, check, find_chain
-from revdist.reversible.grid import exact_below
+from revdist.reversible import AdditiveCoupling, MomentumBlock, ReversibleChain, check, find_chain
+from revdist.reversible.grid import exact_below, on_grid
 from revdist.reversible.reconstruction import reconstructions
 
 GRID = 2.0**-12
@@ -131,7 +131,7 @@ def test_a_narrow_stream_without_autocast_is_refused():
         coupling(halves, halves)
 
 
-@pytest.mark.parametrize("grid", [0.0, -0.5, 0.3, 2.0])
+@pytest.mark.parametrize("grid", [0.0, -0.5, 0.3, 1.0, 2.0, float("nan"), float("inf")])
 def test_a_grid_is_a_power_of_two_below_one(grid):
     with pytest.raises(UsageError, match="power of two"):
         AdditiveCoupling(nn.Identity(), nn.Identity(), grid=grid)
@@ -154,6 +154,26 @@ def test_check_says_whether_a_sample_is_within_the_range():
     assert check(coupling, sample).reconstruction_error == 0
     found = check(coupling, sample * 1e6)
     assert "leaves the range" in found.problems[0]
+
+
+@pytest.mark.parametrize("gamma", [0.9, 1 / 3, 1.0])
+def test_momentum_beyond_the_range_is_inexact_and_nothing_worse(gamma):
+    """Steps of the grid may be more than integers count; what is not finite has to show in the loss."""
+    exact, plain = (MomentumBlock(nn.Identity(), gamma=gamma, grid=grid) for grid in (2**-20, None))
+    x = torch.zeros(6)
+    v = torch.tensor([3000.0, -3000.0, 1e30, float("inf"), float("-inf"), float("nan")])
+    found, expected = exact(x, v)[1], plain(x, v)[1]
+    torch.testing.assert_close(found[:3], expected[:3])
+    assert not found[3:].isfinite().any()
+
+
+def test_momentum_is_exact_up_to_the_end_of_the_range():
+    torch.manual_seed(0)
+    for gamma in (0.9, 1 / 3, 255 / 256, 1.0):
+        block = MomentumBlock(nn.Identity(), gamma=gamma, grid=2**-20)
+        v = (torch.rand(1000) * 2 - 1) * 0.999 * exact_below(2**-20, torch.float32)
+        x, v = torch.zeros(1000), on_grid(v, 2**-20)
+        assert all(map(torch.equal, block.inverse(*block(x, v)), (x, v)))
 
 
 def test_the_builders_take_a_grid():

@@ -8,6 +8,8 @@ from reversible_models import IMAGES, assert_close, conv_chain, gradients, linea
 
 from revdist.errors import BoundaryModified
 from revdist.planning.costs import Mode
+from revdist.reversible import host_copy
+from revdist.reversible.offload import Offload
 
 
 def offloading(chain, *others):
@@ -57,6 +59,42 @@ def test_operators_are_inverted_from_an_offloaded_input():
         chain.set_schedule([Mode.INVERT if i % 2 == invert_even else Mode.OFFLOAD for i in range(chain.num_operators)])
         x = torch.randn(4, 6, dtype=torch.float64)
         assert_close(step(chain, x), step(plain, x))
+
+
+def test_of_a_storage_only_what_is_used_is_copied(monkeypatch):
+    """A batch is often a view of a whole data set."""
+    copied = []
+    buffer = host_copy._host_buffer
+    monkeypatch.setattr(host_copy, "_host_buffer", lambda source: copied.append(source.numel()) or buffer(source))
+    torch.manual_seed(0)
+    chain, plain = twins(linear_chain())
+    offloading(chain)
+    batches = torch.randn(100, 4, 6, dtype=torch.float64)
+    x = batches[37]
+    assert_close(step(chain, x), step(plain, x), 1e-12)
+    chain(x).sum().backward()
+    assert sum(copied) > 0
+    assert max(copied) <= x.nbytes + 64
+
+
+def test_tensors_of_several_types_that_share_a_storage_come_back():
+    storage = torch.randn(40)
+    tensors = [
+        storage[3:7],
+        storage[6:30:3],
+        storage.view(torch.int64)[9:12],
+        storage[0:0],
+        storage[5:9].view(2, 2).t(),
+    ]
+    offload = Offload(storage.device)
+    layouts = [offload.add(tensor) for tensor in tensors]
+    offload.send()
+    fetched = offload.fetch()
+    found = [fetched.tensor(layout) for layout in layouts]
+    for one, other in zip(found, tensors, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+    assert found[0].untyped_storage().data_ptr() == found[1].untyped_storage().data_ptr()
 
 
 def test_demotion_leaves_offloaded_operators_alone():

@@ -223,6 +223,29 @@ def test_the_model_is_left_as_it_was(with_gradients, failing, open_device):
     assert len(observed) == chain.num_operators
 
 
+def test_no_hook_on_accumulated_gradients_runs_and_replaced_buffers_are_put_back(open_device):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return x.sin()
+
+    model = ReversibleChain([nn.Linear(4, 4), Counting(), nn.Linear(4, 4)])
+    calls, fired = model.get_submodule("1").calls, []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(fired.append)
+    x = torch.randn(8, 4)
+    profile_chain(model, x, loss_of, meter=open_device().meter(), repeats=1)
+    assert not fired
+    assert model.get_submodule("1").calls is calls
+    assert calls == 0
+    loss_of(model(x)).backward()
+    assert len(fired) == len(list(model.parameters()))
+
+
 def _state(model):
     tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters() if p.grad is not None)]
     tensors.append(torch.get_rng_state())

@@ -246,6 +246,27 @@ def test_a_forward_without_a_backward_leaves_nothing_behind(pair, demoted, mixed
         gc.enable()
 
 
+def test_demotion_while_the_loss_of_a_step_that_is_over_is_still_there():
+    """Its nodes written in Python raise where they are asked for what the backward has freed."""
+    torch.manual_seed(0)
+    chain = saving(ReversibleChain([Scaled(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1))]))
+    losses = []
+    for _ in range(4):
+        losses.append(chain(torch.randn(2, 4, 3, 3)).square().sum())
+        assert chain.demote(1) > 0
+        losses[-1].backward()
+
+
+def test_a_chain_whose_output_needs_no_gradient_runs_again_and_again():
+    class Largest(nn.Module):
+        def forward(self, x):
+            return x.argmax(1)
+
+    chain = saving(ReversibleChain([nn.Conv2d(4, 4, 1), Largest()]))
+    for _ in range(3):
+        assert not chain(torch.randn(2, 4, 3, 3)).requires_grad
+
+
 @pytest.mark.parametrize("kept", ["first", "second"])
 def test_half_of_the_output_may_be_dropped(kept):
     torch.manual_seed(0)
