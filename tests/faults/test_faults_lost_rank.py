@@ -29,7 +29,7 @@ Unharmed = Callable[[int], dict[str, Any]]
     [
         pytest.param(("cpu-1",), marks=pytest.mark.slow),
         ("cpu-0",),
-        ("cpu-0", "cpu-2"),
+        pytest.param(("cpu-0", "cpu-2"), marks=pytest.mark.slow),
     ],
     ids=["a worker", "rank 0, which hosts the store and reports", "two at once"],
 )
@@ -193,7 +193,8 @@ def test_a_broken_connection_between_living_ranks_is_mended(unharmed: Unharmed, 
         assert tensor.equal(final_state(result.run_dir)[name]), name
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_step_whose_end_one_rank_missed_is_taken_and_reported_once(
     rank: int, unharmed: Unharmed, tmp_path: Path
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_run_whose_scoring_fails_has_saved_its_weights(tmp_path: Path) -> None
     assert newest(tmp_path / "checkpoints").verify().progress.step == 3
 
 
+@pytest.mark.slow
 def test_the_last_state_is_saved_however_long_the_save_before_it_takes(tmp_path: Path) -> None:
     model = {"factory": "small_models:on_a_slow_disk", "kwargs": {"seconds": 1.0}}
     config = run_config(steps=3, epochs=None, model=model, checkpoint={"every_steps": 1})
