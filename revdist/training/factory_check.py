@@ -57,7 +57,8 @@ def _find(module_name: str, path: str) -> ModuleSpec | None:
             break
         if spec.submodule_search_locations is None or (spec.origin and _adds_modules(Path(spec.origin))):
             return None
-        spec = PathFinder.find_spec(".".join(parts[:number]), spec.submodule_search_locations)
+        # By its last name alone: under the whole one a folder without __init__.py looks for its parent in sys.modules.
+        spec = PathFinder.find_spec(parts[number - 1], list(spec.submodule_search_locations))
         if spec is None:
             raise _missing(path, ".".join(parts[:number]))
     if spec is None:

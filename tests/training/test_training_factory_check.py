@@ -37,6 +37,18 @@ def test_what_can_be_imported_passes(path: str) -> None:
     import_factory(path)
 
 
+def test_folders_without_an_init_are_packages_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "research" / "models" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "mine.py").write_text("def model(): return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_factory("research.models.deep.mine:model")
+    with pytest.raises(FactoryError, match="has no 'modle'"):
+        check_factory("research.models.deep.mine:modle")
+    with pytest.raises(FactoryError, match=r"no module 'research\.models\.deep\.yours'"):
+        check_factory("research.models.deep.yours:model")
+
+
 def test_every_configuration_passes() -> None:
     for file in (ROOT / "configs").glob("*.yaml"):
         values = yaml.safe_load(file.read_text())
