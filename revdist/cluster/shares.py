@@ -173,9 +173,8 @@ class ShareKeeper:
 
     def _keep(self, member: int, report: CurveReport) -> None:
         """Take a member's curves. Equal ones are kept as one object, which the split counts as one."""
-        in_use = [*self._curves.values(), *self._inverted.values()]
-        if len(self._known) > 2 * len(in_use):  # they come by the thousand in a run of days
-            self._known = {curve: curve for curve in in_use}
+        if len(self._known) > 2 * (len(self._curves) + len(self._inverted)):  # they come by the thousand in days
+            self._known = {curve: curve for curve in [*self._curves.values(), *self._inverted.values()]}
         self._curves[member] = self._known.setdefault(report.curve, report.curve)
         if report.inverted is not None:
             self._inverted[member] = self._known.setdefault(report.inverted, report.inverted)
