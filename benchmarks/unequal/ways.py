@@ -168,7 +168,7 @@ def _config(case: Case, ranks: Sequence[int], global_batch: int) -> dict[str, An
     return {
         "name": "unequal",
         "model": {"factory": MODEL},
-        "data": {"factory": DATA},
+        "data": {"factory": DATA, "kwargs": {"batch": global_batch}},
         "optimizer": {"factory": "torch.optim:SGD", "kwargs": OPTIMIZER, "schedule": "constant"},
         "global_batch": global_batch,
         "steps": _ENDLESS,
