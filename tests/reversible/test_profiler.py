@@ -297,10 +297,16 @@ def test_demotion_does_not_falsify_what_saving_needs(open_device):
     x = torch.randn(8, 3, 16, 16)
     roomy = profile_chain(model, x, loss_of, meter=device.meter(), repeats=1)
     saving = replay(roomy, [Mode.SAVE] * roomy.num_operators).need_bytes
+    frugal = [options[-1].mode for options in roomy.options]
+    # What one operator's SAVE needs with all others frugal; how much that is depends on the processor's kernels.
+    alone = max(
+        replay(roomy, [*frugal[:i], Mode.SAVE, *frugal[i + 1 :]]).need_bytes for i in range(roomy.num_operators)
+    )
+    assert alone < saving
     device.deactivate()
     del model, x
     tight = CpuDevice.open(
-        "tight", directory=device.ledger_path.parent, capacity_bytes=roomy.fixed_bytes + saving * 3 // 4
+        "tight", directory=device.ledger_path.parent, capacity_bytes=roomy.fixed_bytes + (alone + saving) // 2
     )
     tight.activate()
     try:
