@@ -31,7 +31,7 @@ from revdist.planning.split import equal_split
 J = TypeVar("J", bound=Job)
 COMMAND = "python benchmarks/heterogeneous.py"
 WARM_STEPS = 280
-"""Of revdist on both devices: it looks at its shares after 16, 64 and 256 steps."""
+"""Of revdist on both devices: it looks at its shares every 16 steps, at up to 256 of them together."""
 _WARM_STEPS_ALONE = 40
 """Of revdist on one device, which has no shares to find."""
 _WARM_STEPS_BY_HAND = 10

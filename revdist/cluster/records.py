@@ -142,6 +142,7 @@ def _rank_record(rank: int, row: Row, plan: Plan | None) -> dict[str, Any]:
         "rank": rank,
         "device": "" if plan is None else plan.device,
         "share": row.share,
+        "samples": row.samples,
         "micro_batch": row.micro_batch,
         "step_s": row.step_s,
         "compute_s": row.compute_s,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import final
@@ -22,8 +21,9 @@ _WINDOW = 16
 """Fewest steps under unchanged plans after which measured times may change the shares."""
 _MOST_STEPS = 64
 """Of a window that are looked at, the latest: steps may be short and replicas many."""
-_LOOKS_BACK = (16, 4, 1)
-"""Windows: a device that has just become slow shows in the last, a small difference in many."""
+_LOOKS_BACK = (16, 8, 4, 2, 1)
+"""Windows: a device that has just become slow shows in the last, a small difference in many. What new shares must have
+saved in all of them together is the same."""
 _LEAST_S = 1e-9
 """No step is faster: keeps ratios finite for models too small to be timed."""
 
@@ -105,7 +105,7 @@ class ShareKeeper:
             self._in_order(self._curves),
             self.shares.by_rank,
             np.concatenate(list(self._windows)[-count:]),
-            min_gain=self._config.replan.min_change / math.sqrt(count),
+            min_gain=self._config.replan.min_change / count,
         )
         if better is None:
             return None

@@ -20,7 +20,7 @@ from revdist.planning.split import split
 
 _BLOCKS = 8
 """Stretches of consecutive steps whose means are compared: neighbouring steps are slow or fast together."""
-_STANDARD_ERRORS = 2.5
+_STANDARD_ERRORS = 3.0
 """By how many a gain must exceed the least one."""
 
 
@@ -169,7 +169,7 @@ def resplit(
     curves: the current ones. measured_s (steps, replicas): seconds of each replica's own work under these shares,
     without waiting for others, oldest first, at least eight steps. Every step tells what it would have taken under the
     new shares, each replica as much faster or slower as its curve says. Steps are taken together in eight stretches;
-    the mean of what these would have saved, less two and a half times its standard error, must reach `min_gain`.
+    the mean of what these would have saved, less three times its standard error, must reach `min_gain`.
     Steps that are noisy, or few, thus change nothing that is not far off, and steady ones soon change what is
     slightly off.
     """

@@ -116,8 +116,8 @@ class RunState:
             state.free_bytes = line.get("free_bytes", state.free_bytes)
             state.peak_bytes = line.get("peak_bytes", state.peak_bytes)
             step_s = metrics.get("step_s") or 0
-            if step_s > 0 and "share" in line:
-                state.samples_per_s = _smooth(state.samples_per_s, line["share"] / step_s)
+            if step_s > 0 and "samples" in line:
+                state.samples_per_s = _smooth(state.samples_per_s, line["samples"] / step_s)
 
     @property
     def profiling(self) -> bool:

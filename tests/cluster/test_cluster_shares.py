@@ -148,8 +148,22 @@ def test_a_small_difference_shows_in_many_steps_and_not_in_few() -> None:
     found = first_change(started(0.01, 0.01), times)
     assert found is not None
     number, shares = found
-    assert number in (64, 128, 192, 256), "where four windows, or sixteen, are looked at"
+    assert number in (32, 64, 128, 256), "where more windows than one are looked at"
     assert shares == (31, 29)
+
+
+@pytest.mark.parametrize(
+    ("slower", "num_steps"), [(1.13, 16), (1.07, 32), (1.035, 64), (1.018, 128), (1.009, 256), (1.004, None)]
+)
+def test_steady_steps_show_a_difference_once_its_sum_is_worth_a_change(slower: float, num_steps: int | None) -> None:
+    """Half of the difference is what other shares would save."""
+    kept = ShareKeeper(RunConfig.from_mapping(settings(global_batch=6000)), (0, 1))
+    cut = Cut(micro_batch=6000, micro_batch_s=0.0, sample_s=1e-4, schedule=Schedule(modes=(Mode.SAVE,)))
+    wide = StepTimeCurve(max_share=6000, cuts=(cut,))
+    for rank in (0, 1):
+        kept.take_curve(rank, CurveReport(rank=rank, curve=wide, inverted=wide, reason="profile", num_steps=9))
+    found = first_change(kept, [(0.3, 0.3 * slower)] * 1000)
+    assert (None if found is None else found[0]) == num_steps
 
 
 @pytest.mark.parametrize(("num_replicas", "correlation", "spread"), [(2, 0.8, 0.05), (8, 0.5, 0.05), (6, 0.0, 0.2)])

@@ -50,6 +50,7 @@ def test_a_run_tells_and_writes_everything_and_leaves_ray_as_it_was(tmp_path: Pa
     assert watcher.calls[-1] == "end"
     assert [step["step"] for step in watcher.steps] == list(range(1, 11))
     assert sum(rank["share"] for rank in watcher.steps[-1]["ranks"]) == 10
+    assert [sum(rank["samples"] for rank in step["ranks"]) for step in watcher.steps] == [10] * 10
     reader = RunReader(result.run_dir)
     assert list(reader.metrics()) == watcher.steps
     assert list(reader.events()) == watcher.events

@@ -115,6 +115,7 @@ def _rank(plan: dict[str, Any], rng: random.Random, *, squeezed: bool) -> dict[s
         "rank": plan["rank"],
         "device": plan["device"],
         "share": plan["share"],
+        "samples": plan["share"],
         "micro_batch": plan["micro_batch"],
         "step_s": 0.1,
         "compute_s": 0.09,

@@ -13,6 +13,7 @@ from sample_run import MIB, START, event, plan, write_run
 from revdist.devices.reading import Reading
 from revdist.reporting.history import read_history
 from revdist.reporting.live import LiveView
+from revdist.reporting.live_state import RunState
 from revdist.reporting.screens import LINE_S, LiveScreen, PlainScreen
 from revdist.training.run_directory import plan_of
 
@@ -114,6 +115,12 @@ def test_a_lost_rank_is_marked_and_told(tmp_path: Path) -> None:
         view.on_start(tmp_path, [reading(0), reading(1)])
         view.on_event(event(7, "lost", rank=1, detail="killed by signal 9"))
     assert "cpu-1  lost: killed by signal 9" in text_of(out)
+
+
+def test_a_rank_has_the_speed_of_the_samples_it_took_where_an_epoch_ends_with_fewer() -> None:
+    state = RunState("run")
+    state.advance({"step": 9, "step_s": 0.5, "ranks": [{"rank": 0, "share": 64, "samples": 21}]})
+    assert state.ranks[0].samples_per_s == 42
 
 
 def test_hosts_are_named_where_there_are_several(tmp_path: Path) -> None:
