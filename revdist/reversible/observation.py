@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from revdist.planning.costs import Mode
 from revdist.reversible.chain import Event, ReversibleChain
+from revdist.reversible.engine import let_pending_go
 from revdist.reversible.meter import MemoryMeter
 
 
@@ -64,6 +65,9 @@ def observe_step(work: Workload, modes: tuple[Mode, ...]) -> Observation:
     demoted = work.chain.demoted_bytes
     try:
         torch.autograd.backward(work.forward())
+    except torch.OutOfMemoryError:
+        let_pending_go()
+        raise
     finally:
         hook.remove()
         work.chain.observe(None)

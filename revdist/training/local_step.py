@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from revdist.devices.device import Device
 from revdist.reversible.chain import ReversibleChain
+from revdist.reversible.engine import let_pending_go
 from revdist.training.data import Indices, fetch, micro_batches
 from revdist.training.replicated import Replicated, move_batch
 
@@ -136,9 +137,12 @@ class LocalStep:
                 self._replicated.backward(self._load(dataset, part), scale, reduce=False)
             last = self._load(dataset, parts[-1]) if parts else None
             self._replicated.backward(last, scale, reduce=True)
-        except torch.OutOfMemoryError as error:
-            return str(error)
-        return None
+            return None
+        except BaseException as error:
+            let_pending_go()
+            if isinstance(error, torch.OutOfMemoryError):
+                return str(error)
+            raise
 
     def _draw_from(self, seed: int) -> None:
         """Seed what this device draws from: `torch.manual_seed` asks after every kind of device, 0.3 ms a step."""

@@ -12,7 +12,7 @@ from revdist.config import RunConfig
 from revdist.devices.cpu import CpuDevice
 from revdist.devices.device import Device
 from revdist.devices.host import host_memory
-from revdist.errors import BudgetTooSmall, UsageError
+from revdist.errors import BudgetTooSmall, UsageError, format_bytes
 from revdist.training.data import fetch
 from revdist.training.first_plan import thriftiest_modes
 from revdist.training.optimizer import coming_state_bytes
@@ -36,7 +36,15 @@ def explain_shortage(
             f"{device.name} ({device.uuid}) has no room for the smallest plan: lower micro_batch, or free memory on it"
         )
     needed_bytes = _measure_smallest(config, data) + config.memory.margin
-    return BudgetTooSmall(free_bytes, max(needed_bytes, free_bytes + 1), where=device.name)
+    if needed_bytes <= free_bytes:
+        return UsageError(
+            f"{device.name} ran out of memory before it had a plan, though {format_bytes(free_bytes)} were free at the "
+            f"start and the smallest plan needs {format_bytes(needed_bytes)}: lower micro_batch, or look who else uses "
+            "the device (revdist devices)",
+            free_bytes=free_bytes,
+            needed_bytes=needed_bytes,
+        )
+    return BudgetTooSmall(free_bytes, needed_bytes, where=device.name)
 
 
 def _measure_smallest(config: RunConfig, data: tuple[Any, Any] | None) -> int:

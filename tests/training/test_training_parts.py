@@ -59,3 +59,13 @@ def test_a_device_without_room_says_how_much_the_smallest_plan_needs(ledger_devi
     assert "cpu-0" in str(error)
     # The smallest plan is the margin of 1 MiB and one micro-batch of 12 small images.
     assert 2**20 < error.minimum_bytes < 2 * 2**20
+
+
+def test_a_device_that_should_have_had_room_is_not_said_to_miss_a_byte(ledger_device: Any) -> None:
+    device = ledger_device(2**26)
+    device.activate()
+    error = explain_shortage(run_config(micro_batch=12), device, free_bytes=2**26)
+    assert not isinstance(error, BudgetTooSmall)
+    assert error.facts["needed_bytes"] < 2**26
+    assert "64.0 MiB were free" in str(error)
+    assert "revdist devices" in str(error)
