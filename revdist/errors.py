@@ -4,6 +4,7 @@
     ├── UsageError (ValueError)       the caller asked for something that cannot be; exit code 2
     │   ├── ConfigError               a configuration key or value
     │   ├── BudgetTooSmall            no schedule fits: budget_bytes, minimum_bytes, missing_bytes
+    │   ├── OutOfDeviceMemory         memory ran out where there is no smaller plan, or none yet
     │   ├── AccuracyUnreachable       no schedule is as accurate as asked: operator, error, limit
     │   ├── InvalidCosts              options or profiles that are not costs
     │   ├── FactoryError              a model, data, loss or optimizer factory that cannot be imported or called
@@ -87,6 +88,10 @@ class BudgetTooSmall(UsageError):
             minimum_bytes=minimum_bytes,
             missing_bytes=missing,
         )
+
+
+class OutOfDeviceMemory(UsageError):
+    """A device ran out of memory where there is no smaller plan to try, or none is known yet."""
 
 
 class AccuracyUnreachable(UsageError):

@@ -10,7 +10,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from revdist.cluster.actor import Location
 from revdist.cluster.fleet import Lost
-from revdist.errors import BudgetTooSmall, DeviceError, RevdistError, RunFailed, UsageError
+from revdist.errors import BudgetTooSmall, DeviceError, OutOfDeviceMemory, RevdistError, RunFailed, UsageError
 from revdist.training.reports import FailureReport
 
 Failure = FailureReport | Lost
@@ -64,7 +64,10 @@ def is_survivable(failure: Failure) -> bool:
     """Whether the other ranks can go on: the process or its device is at fault, not what all ranks run alike."""
     if isinstance(failure, Lost):
         return True
-    memory = isinstance(failure.error, BudgetTooSmall) or failure.error.facts.get("cause") == "OutOfMemoryError"
+    memory = (
+        isinstance(failure.error, BudgetTooSmall | OutOfDeviceMemory)
+        or failure.error.facts.get("cause") == "OutOfMemoryError"
+    )
     accelerator = failure.error.facts.get("cause") == "AcceleratorError"
     return failure.follows or isinstance(failure.error, DeviceError) or memory or accelerator
 

@@ -15,7 +15,7 @@ from typing import final
 import torch
 
 from revdist.config import RunConfig
-from revdist.errors import BudgetTooSmall, format_bytes
+from revdist.errors import BudgetTooSmall, OutOfDeviceMemory, format_bytes
 from revdist.planning.accuracy import bounded, not_to_be_inverted
 from revdist.planning.batch import StepTimeCurve, step_time_curve
 from revdist.planning.costs import Mode, Option, Plan, Profile
@@ -144,8 +144,8 @@ class LocalPlanner:
 
         Where the device's reading, `budget_bytes`, says that it should have fitted, what the reading
         promises too much is held against it for the rest of the run.
-        Raises BudgetTooSmall where the plan was the smallest there is, and torch.OutOfMemoryError where a model
-        without a profile does not even fit sample by sample.
+        Raises BudgetTooSmall where the plan was the smallest there is, OutOfDeviceMemory where that should have fitted,
+        and torch.OutOfMemoryError where a model without a profile does not even fit sample by sample.
         """
         with self._lock:
             if not self._profiles:
@@ -153,11 +153,14 @@ class LocalPlanner:
                     raise torch.OutOfMemoryError(f"{self._device_name} has no room for a micro-batch of one")
                 return self._set(self._unprofiled(budget_bytes, plan.micro_batch // 2), "memory-lost")
             if plan.schedule.need_bytes <= self.minimum_bytes:
-                raise BudgetTooSmall(
-                    min(budget_bytes, self.minimum_bytes - 1),
-                    self.minimum_bytes,
-                    where=self._device_name,
-                    remedy=self._remedy,
+                if budget_bytes < self.minimum_bytes:
+                    raise BudgetTooSmall(budget_bytes, self.minimum_bytes, where=self._device_name, remedy=self._remedy)
+                raise OutOfDeviceMemory(
+                    f"{self._device_name} ran out of memory under the smallest plan, which needs "
+                    f"{format_bytes(self.minimum_bytes)} of the {format_bytes(budget_bytes)} that were free for it; "
+                    f"{self._remedy}",
+                    budget_bytes=budget_bytes,
+                    minimum_bytes=self.minimum_bytes,
                 )
             target = min(budget_bytes - self._mistrust_bytes, int(plan.schedule.need_bytes * _GIVE_WAY))
             curve = self._set(self._solve(self._profiles, max(self.minimum_bytes, target)), "memory-lost")

@@ -12,7 +12,7 @@ from revdist.config import RunConfig
 from revdist.devices.cpu import CpuDevice
 from revdist.devices.device import Device
 from revdist.devices.host import host_memory
-from revdist.errors import BudgetTooSmall, UsageError, format_bytes
+from revdist.errors import BudgetTooSmall, OutOfDeviceMemory, UsageError, format_bytes
 from revdist.training.data import fetch
 from revdist.training.first_plan import thriftiest_modes
 from revdist.training.optimizer import coming_state_bytes
@@ -32,15 +32,15 @@ def explain_shortage(
     on a scratch device with all of the host's memory; this process computes on that one afterwards.
     """
     if not isinstance(device, CpuDevice) or not device.enforced:
-        return UsageError(
-            f"{device.name} ({device.uuid}) has no room for the smallest plan: lower micro_batch, or free memory on it"
+        return OutOfDeviceMemory(
+            f"{device.name} ({device.uuid}) has no room for the smallest plan; lower micro_batch, or free memory on it"
         )
     needed_bytes = _measure_smallest(config, data) + config.memory.margin
     if needed_bytes <= free_bytes:
-        return UsageError(
+        return OutOfDeviceMemory(
             f"{device.name} ran out of memory before it had a plan, though {format_bytes(free_bytes)} were free at the "
-            f"start and the smallest plan needs {format_bytes(needed_bytes)}: lower micro_batch, or look who else uses "
-            "the device (revdist devices)",
+            f"start and the smallest plan needs {format_bytes(needed_bytes)}; lower micro_batch, or see who else uses "
+            "it (revdist devices)",
             free_bytes=free_bytes,
             needed_bytes=needed_bytes,
         )

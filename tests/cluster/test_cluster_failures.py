@@ -10,9 +10,18 @@ from ray.exceptions import ActorUnschedulableError, RayError
 from runs import cpu_reading
 
 from revdist.cluster.actor import Location
-from revdist.cluster.failures import first_failure, run_failed, why
+from revdist.cluster.failures import first_failure, is_survivable, run_failed, why
 from revdist.cluster.fleet import Lost
-from revdist.errors import BudgetTooSmall, DeviceNotFound, FactoryError, NonFiniteLoss, RevdistError, RunFailed
+from revdist.errors import (
+    BudgetTooSmall,
+    DeviceLost,
+    DeviceNotFound,
+    FactoryError,
+    NonFiniteLoss,
+    OutOfDeviceMemory,
+    RevdistError,
+    RunFailed,
+)
 from revdist.training.reports import FailureReport
 
 HERE = Location(
@@ -54,6 +63,21 @@ def test_a_remedy_of_the_error_is_kept() -> None:
     error = failed(report(2, BudgetTooSmall(1, 3, where="cpu-1")))
     assert error.exit_code == 1
     assert error.facts["remedy"] == "lower micro_batch or free 2 B"
+
+
+@pytest.mark.parametrize(
+    ("error", "survivable"),
+    [
+        (BudgetTooSmall(1, 3), True),
+        (OutOfDeviceMemory("cpu-1 ran out of memory"), True),
+        (RunFailed("OutOfMemoryError: no room", cause="OutOfMemoryError"), True),
+        (DeviceLost("fell off the bus"), True),
+        (RunFailed("ValueError: bad", cause="ValueError"), False),
+        (FactoryError("cannot import m:f"), False),
+    ],
+)
+def test_others_go_on_where_a_device_is_at_fault_and_not_what_all_run(error: RevdistError, survivable: bool) -> None:
+    assert is_survivable(report(1, error)) == survivable
 
 
 def test_what_cannot_start_is_the_caller_s_mistake() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from replicas import run_config
 
-from revdist.errors import BudgetTooSmall
+from revdist.errors import BudgetTooSmall, OutOfDeviceMemory
 from revdist.planning.costs import Mode, Option, Profile
 from revdist.training import local_planner
 from revdist.training.local_planner import LocalPlanner
@@ -88,8 +88,11 @@ def test_a_reading_that_promised_too_much_is_not_believed_again() -> None:
 def test_the_smallest_plan_cannot_give_way() -> None:
     local = planner()
     local.start(4 * KIB)
-    with pytest.raises(BudgetTooSmall):
-        local.give_way(local.plan(4, rank=1, generation=0, reason="start"), budget_bytes=4 * KIB)
+    plan = local.plan(4, rank=1, generation=0, reason="start")
+    with pytest.raises(BudgetTooSmall, match=r"1\.0 KiB missing"):
+        local.give_way(plan, budget_bytes=3 * KIB)
+    with pytest.raises(OutOfDeviceMemory, match=r"needs 4\.0 KiB of the 5\.0 KiB"):
+        local.give_way(plan, budget_bytes=5 * KIB)
 
 
 def test_the_inverted_curve_is_slower_where_there_is_room() -> None:

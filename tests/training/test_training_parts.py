@@ -8,7 +8,7 @@ import pytest
 import torch
 from replicas import run_config
 
-from revdist.errors import BudgetTooSmall, ConfigError, FactoryError, UsageError
+from revdist.errors import BudgetTooSmall, ConfigError, FactoryError, OutOfDeviceMemory, UsageError
 from revdist.training.parts import build_parts
 from revdist.training.shortage import explain_shortage
 
@@ -65,7 +65,7 @@ def test_a_device_that_should_have_had_room_is_not_said_to_miss_a_byte(ledger_de
     device = ledger_device(2**26)
     device.activate()
     error = explain_shortage(run_config(micro_batch=12), device, free_bytes=2**26)
-    assert not isinstance(error, BudgetTooSmall)
+    assert isinstance(error, OutOfDeviceMemory)
     assert error.facts["needed_bytes"] < 2**26
     assert "64.0 MiB were free" in str(error)
     assert "revdist devices" in str(error)
