@@ -8,10 +8,22 @@ two streams a whole step's activations may stay allocated so. (Threads of GPUs g
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def nothing_left_pending() -> Iterator[None]:
+    """Where a backward inside fails, what it had yet to run is freed."""
+    try:
+        yield
+    except BaseException:
+        let_pending_go()
+        raise
 
 
 def let_pending_go() -> None:

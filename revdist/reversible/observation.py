@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from revdist.planning.costs import Mode
 from revdist.reversible.chain import Event, ReversibleChain
-from revdist.reversible.engine import let_pending_go
+from revdist.reversible.engine import nothing_left_pending
 from revdist.reversible.meter import MemoryMeter
 
 
@@ -64,10 +64,8 @@ def observe_step(work: Workload, modes: tuple[Mode, ...]) -> Observation:
     hook = work.chain.register_forward_hook(watch.end_forward)
     demoted = work.chain.demoted_bytes
     try:
-        torch.autograd.backward(work.forward())
-    except torch.OutOfMemoryError:
-        let_pending_go()
-        raise
+        with nothing_left_pending():
+            torch.autograd.backward(work.forward())
     finally:
         hook.remove()
         work.chain.observe(None)

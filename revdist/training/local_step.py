@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from revdist.devices.device import Device
 from revdist.reversible.chain import ReversibleChain
-from revdist.reversible.engine import let_pending_go
+from revdist.reversible.engine import nothing_left_pending
 from revdist.training.data import Indices, fetch, micro_batches
 from revdist.training.replicated import Replicated, move_batch
 
@@ -133,16 +133,14 @@ class LocalStep:
         That is the message, not the error: its traceback would keep the activations alive.
         """
         try:
-            for part in parts[:-1]:
-                self._replicated.backward(self._load(dataset, part), scale, reduce=False)
-            last = self._load(dataset, parts[-1]) if parts else None
-            self._replicated.backward(last, scale, reduce=True)
-            return None
-        except BaseException as error:
-            let_pending_go()
-            if isinstance(error, torch.OutOfMemoryError):
-                return str(error)
-            raise
+            with nothing_left_pending():
+                for part in parts[:-1]:
+                    self._replicated.backward(self._load(dataset, part), scale, reduce=False)
+                last = self._load(dataset, parts[-1]) if parts else None
+                self._replicated.backward(last, scale, reduce=True)
+        except torch.OutOfMemoryError as error:
+            return str(error)
+        return None
 
     def _draw_from(self, seed: int) -> None:
         """Seed what this device draws from: `torch.manual_seed` asks after every kind of device, 0.3 ms a step."""

@@ -20,9 +20,9 @@ from revdist.training.row import Row
 BATCH = 60
 
 
-def curve(sample_s: float) -> StepTimeCurve:
-    cut = Cut(micro_batch=BATCH, micro_batch_s=0.0, sample_s=sample_s, schedule=Schedule(modes=(Mode.SAVE,)))
-    return StepTimeCurve(max_share=BATCH, cuts=(cut,))
+def curve(sample_s: float, most: int = BATCH) -> StepTimeCurve:
+    cut = Cut(micro_batch=most, micro_batch_s=0.0, sample_s=sample_s, schedule=Schedule(modes=(Mode.SAVE,)))
+    return StepTimeCurve(max_share=most, cuts=(cut,))
 
 
 def report(rank: int, sample_s: float, reason: str = "start") -> CurveReport:
@@ -158,8 +158,7 @@ def test_a_small_difference_shows_in_many_steps_and_not_in_few() -> None:
 def test_steady_steps_show_a_difference_once_its_sum_is_worth_a_change(slower: float, num_steps: int | None) -> None:
     """Half of the difference is what other shares would save."""
     kept = ShareKeeper(RunConfig.from_mapping(settings(global_batch=6000)), (0, 1))
-    cut = Cut(micro_batch=6000, micro_batch_s=0.0, sample_s=1e-4, schedule=Schedule(modes=(Mode.SAVE,)))
-    wide = StepTimeCurve(max_share=6000, cuts=(cut,))
+    wide = curve(1e-4, 6000)
     for rank in (0, 1):
         kept.take_curve(rank, CurveReport(rank=rank, curve=wide, inverted=wide, reason="profile", num_steps=9))
     found = first_change(kept, [(0.3, 0.3 * slower)] * 1000)
