@@ -77,7 +77,7 @@ class RunMetrics(Observer):
     def _set(self, metrics: Mapping[str, Any]) -> None:
         self._set_at_s = self._clock()
         for rank in metrics["ranks"]:
-            values = {**rank, "step": metrics["step"], "samples_per_s": rank["share"] / metrics["step_s"]}
+            values = {**rank, "step": metrics["step"], "samples_per_s": rank["samples"] / metrics["step_s"]}
             for key, gauge in self._gauges.items():
                 gauge.set(float(values[key]), self._tags_of(rank))
 

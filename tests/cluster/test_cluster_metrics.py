@@ -61,7 +61,8 @@ def step(number: int, *devices: str, pause_s: float = 0.0) -> dict[str, Any]:
         {
             "rank": rank,
             "device": f"CPU-{device}",
-            "share": 10 * (rank + 1),
+            "share": 12 * (rank + 1),
+            "samples": 10 * (rank + 1),  # as an epoch's last step has fewer
             "generation": 3,
             "budget_bytes": 100,
             "peak_bytes": 90,
