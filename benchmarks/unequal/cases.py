@@ -14,7 +14,7 @@ GLOBAL_BATCH = 64
 """Samples a step, unless another number is asked for: a step then takes some 80 ms where nobody disturbs."""
 MODEL = "revdist.models:revnet_digits"
 DATA = "benchmarks.unequal.cases:digits_in_whole_batches"
-OPTIMIZER: dict[str, Any] = {"lr": 0.05, "momentum": 0.9}
+OPTIMIZER: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "fused": True}
 ROOMY_BYTES = 256 * MIB
 TIGHT_BYTES = 10 * MIB
 """Holds about a quarter of what an equal share of 64 samples keeps for its backward."""

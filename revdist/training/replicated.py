@@ -174,8 +174,8 @@ class Replicated:
         That is one the loss does not depend on, all of them where the rank has no sample, and those
         that a backward left out when it ran out of memory halfway.
         """
-        missing = [parameter for parameter in self.parameters if id(parameter) not in self._reduced]
-        if missing:
+        if len(self._reduced) < len(self.parameters):
+            missing = [parameter for parameter in self.parameters if id(parameter) not in self._reduced]
             zeros = [torch.zeros((), dtype=p.dtype, device=p.device).expand_as(p) for p in missing]
             torch.autograd.backward(missing, zeros)
         self._expected = False
