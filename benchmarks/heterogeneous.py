@@ -30,14 +30,15 @@ from revdist.planning.split import equal_split
 
 J = TypeVar("J", bound=Job)
 COMMAND = "python benchmarks/heterogeneous.py"
-WARM_STEPS = 280
-"""Of revdist on both devices: it looks at its shares every 16 steps, at up to 256 of them together."""
+WARM_STEPS = 600
+"""Of revdist on both devices: it looks at its shares every 16 steps, at up to 256 of them together, and every change
+begins another 256."""
 _WARM_STEPS_ALONE = 40
 """Of revdist on one device, which has no shares to find."""
 _WARM_STEPS_BY_HAND = 10
 METHOD = (
     "A RevNet for digits on two CPU devices, each replica on a core of its own with one thread, {batch} samples a "
-    "step. All ways of a case are started; revdist takes {warm} steps, {alone} on one device, those by hand "
+    "step, SGD in one fused loop. All ways of a case are started; revdist takes {warm} steps, {alone} on one device, those by hand "
     "{by_hand}; from then on they have the machine in turns, the others stopped with all their processes, so that "
     "what is compared ran within seconds. A turn's throughput is that of the steps that began and ended in it; ratios "
     "are taken within a round, tables show medians over rounds, and means where memory changes. The host of a virtual "
