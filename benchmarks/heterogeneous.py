@@ -38,18 +38,19 @@ _WARM_STEPS_ALONE = 40
 _WARM_STEPS_BY_HAND = 10
 METHOD = (
     "A RevNet for digits on two CPU devices, each replica on a core of its own with one thread, {batch} samples a "
-    "step, SGD in one fused loop. All ways of a case are started; revdist takes {warm} steps, {alone} on one device, those by hand "
-    "{by_hand}; from then on they have the machine in turns, the others stopped with all their processes, so that "
-    "what is compared ran within seconds. A turn's throughput is that of the steps that began and ended in it; ratios "
-    "are taken within a round, tables show medians over rounds, and means where memory changes. The host of a virtual "
-    "machine slows each core down by up to a half, from one step to the next, and two devices together wait for the "
-    "slower one: hence also ratios of the upper quartiles over rounds. Plain DDP is written by hand: autograd as "
-    "usual, equal shares, one micro-batch size that fits both devices at their worst. Proportional: the same with "
-    "shares by what each device does alone, and for each rank the largest micro-batch that fits. Alone: revdist on "
-    "one device with half the batch, the other idle. Apart: two hand-written trainings at once that exchange nothing, "
-    "over the sum of each with the machine to itself: what the cores lose by sharing caches and memory, whoever "
-    "trains on them. Where revdist's time goes is told by its own metrics of the same turns: waiting that is due to "
-    "the shares, and waiting because a core is faster in one step than in the next, which no fixed shares avoid."
+    "step, SGD in one fused loop. All ways of a case are started; revdist takes {warm} steps, {alone} on one "
+    "device, those by hand {by_hand}; from then on they have the machine in turns, the others stopped with all "
+    "their processes, so that what is compared ran within seconds. A turn's throughput is that of the steps that "
+    "began and ended in it; ratios are taken within a round, tables show medians over rounds, and means where "
+    "memory changes. The host of a virtual machine slows each core down by up to a half, from one step to the next, "
+    "and two devices together wait for the slower one: hence also ratios of the upper quartiles over rounds. Plain "
+    "DDP is written by hand: autograd as usual, equal shares, one micro-batch size that fits both devices at their "
+    "worst. Proportional: the same with shares by what each device does alone, and for each rank the largest "
+    "micro-batch that fits. Alone: revdist on one device with half the batch, the other idle. Apart: two hand-written "
+    "trainings at once that exchange nothing, over the sum of each with the machine to itself: what the cores lose "
+    "by sharing caches and memory, whoever trains on them. Where revdist's time goes is told by its own metrics of "
+    "the same turns: waiting that is due to the shares, and waiting because a core is faster in one step than in "
+    "the next, which no fixed shares avoid."
 )
 
 
