@@ -30,9 +30,9 @@ from revdist.planning.split import equal_split
 
 J = TypeVar("J", bound=Job)
 COMMAND = "python benchmarks/heterogeneous.py"
-WARM_STEPS = 600
-"""Of revdist on both devices: it looks at its shares every 16 steps, at up to 256 of them together, and every change
-begins another 256."""
+WARM_STEPS = 400
+"""Of revdist on both devices: it looks at its shares every 16 steps, at up to 256 of them together, and anew
+after every change."""
 _WARM_STEPS_ALONE = 40
 """Of revdist on one device, which has no shares to find."""
 _WARM_STEPS_BY_HAND = 10

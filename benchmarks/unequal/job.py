@@ -17,7 +17,8 @@ import psutil
 
 from benchmarks.recovery.watching import MARK, end, processes
 
-_LOOK_S = 0.05
+_LOOK_S = 0.25
+"""Between looks at a training that warms up: it must warm up as it will run, by itself."""
 _PATIENCE_S = 180.0
 """For the next step of a training that warms up: the first one waits for imports and a profile."""
 _LEAST_STEPS = 3
@@ -32,6 +33,10 @@ class Feed:
     samples: int
     """Of a step."""
     as_json: bool = False
+
+    def num_steps(self) -> int:
+        """Completed, without a look at when."""
+        return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
     def times(self) -> list[float]:
         """Seconds since the epoch, one a step; half a line at the end is left out."""
@@ -95,7 +100,7 @@ class Job:
         Raises SystemExit with what it printed where it ends or stands still.
         """
         taken, until_s = 0, time.monotonic() + _PATIENCE_S
-        while (now := min(len(feed.times()) for feed in self.feeds)) < steps:
+        while (now := min(feed.num_steps() for feed in self.feeds)) < steps:
             if now > taken:
                 taken, until_s = now, time.monotonic() + _PATIENCE_S
             if any(process.poll() is not None for process in self._started) or time.monotonic() > until_s:
